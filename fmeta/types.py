@@ -54,12 +54,6 @@ LossFn = Callable[[Params, ModelState, Batch, Array | None], tuple[Array, Aux]]
 ValueAndGrad = Callable[..., Callable[..., tuple[tuple[Array, Aux], Params]]]
 
 
-def keep_new(old: ModelState, new: ModelState) -> ModelState:
-  """Every statistic moves: the `keep` of a tuning that freezes nothing."""
-  del old
-  return new
-
-
 class Tuning(NamedTuple):
   """What moves.
 
@@ -67,8 +61,8 @@ class Tuning(NamedTuple):
     init: `(params, rng) -> (trainable, frozen)`; both are nested dicts with
       the names of the full parameters. It may add leaves (LoRA factors).
     merge: `(trainable, frozen) -> params`, the exported model.
-    keep: `(old, new) -> model_state`: statistics move only under a trainable
-      module.
+    keep: `(old, new, trainable, frozen) -> model_state`: statistics move only
+      under a trainable module.
     intercept: `(trainable, frozen) -> context manager` that yields the
       parameters to run the model with. By default `merge`'s; an adapter
       yields the base parameters and enters its activations instead.
@@ -76,7 +70,7 @@ class Tuning(NamedTuple):
 
   init: Callable[[Params, Array], tuple[Params, Params]]
   merge: Callable[[Params, Params], Params]
-  keep: Callable[[ModelState, ModelState, Params], ModelState]
+  keep: Callable[[ModelState, ModelState, Params, Params], ModelState]
   intercept: Callable[[Params, Params], AbstractContextManager[Params]]
 
 
@@ -143,11 +137,13 @@ class Learner(NamedTuple):
   """A model being fine-tuned, as four pure functions.
 
   Attributes:
-    init: `(params, rng, model_state={}) -> TrainState`.
+    init: `(params, rng, model_state=None) -> TrainState`.
     step: `(state, batch, rng) -> (state, Aux)`. `rng` is a root key that
       never changes; the step folds `state.step` into it. `Aux.metrics` gains
       `grad_norm` and `update_norm`.
     params: `state -> params`, merged.
+    using: `state -> context manager` that yields the parameters to run a
+      model with: adapters enter the activations instead of being merged.
     end_task: `(state, forward, batches, rng) -> state`: lets the penalty
       consolidate what the finished task has taught.
   """
@@ -155,4 +151,5 @@ class Learner(NamedTuple):
   init: Callable[..., TrainState]
   step: Callable[[TrainState, Batch, Array], tuple[TrainState, Aux]]
   params: Callable[[TrainState], Params]
+  using: Callable[[TrainState], AbstractContextManager[Params]]
   end_task: Callable[..., TrainState]

@@ -1,0 +1,242 @@
+"""The one update rule.
+
+`finetune` builds it, `adapt` scans it, `rehearse` feeds it from a memory.
+Plain training jits `Learner.step`, the inner loop of MAML scans it under a
+gradient, and a continual stream repeats it: nothing else in fmeta updates
+parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmeta.gradients import plain
+from fmeta.penalty import no_penalty
+from fmeta.tuning import full
+from fmeta.types import (
+  Array,
+  Aux,
+  Batch,
+  Learner,
+  LossFn,
+  Memory,
+  Penalty,
+  TrainState,
+  Tuning,
+  ValueAndGrad,
+)
+
+# Streams of randomness within one step; folded into the step's key.
+LOSS, PENALTY, SAMPLE, INSERT = range(4)
+
+
+def finetune(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  tuning: Tuning | None = None,
+  penalty: Penalty | None = None,
+  value_and_grad: ValueAndGrad = plain,
+) -> Learner:
+  """A learner that moves parameters against a loss.
+
+  One step computes, for trainable leaves t and frozen leaves f,
+
+    g = grad_t loss(merge(t, f)) + grad_t penalty(t),
+    t <- t + optimizer(direct(g), t).
+
+  Args:
+    loss_fn: `(params, model_state, batch, rng) -> (scalar, Aux)`.
+    optimizer: an optax transformation; it sees trainable leaves only.
+    tuning: what moves; everything by default.
+    penalty: what the parameters remember; nothing by default.
+    value_and_grad: how the loss is differentiated, see `fmeta.gradients`.
+  """
+  tuning = full() if tuning is None else tuning
+  penalty = no_penalty() if penalty is None else penalty
+
+  def objective(trainable, frozen, model_state, batch, rng):
+    with tuning.intercept(trainable, frozen) as params:
+      return loss_fn(params, model_state, batch, rng)
+
+  def penalty_value(trainable, state, batch, rng):
+    params = tuning.merge(trainable, state.frozen)
+    return penalty.value(trainable, params, state.penalty_state, batch, rng)
+
+  def init(params, rng, model_state=None):
+    trainable, frozen = tuning.init(params, rng)
+    params = tuning.merge(trainable, frozen)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      trainable=trainable,
+      frozen=frozen,
+      opt_state=optimizer.init(trainable),
+      model_state={} if model_state is None else model_state,
+      penalty_state=penalty.init(trainable, params),
+      memory={},
+    )
+
+  def step(state, batch, rng):
+    rng = jax.random.fold_in(rng, state.step)
+    (loss, aux), data_grads = value_and_grad(objective)(
+      state.trainable,
+      state.frozen,
+      state.model_state,
+      batch,
+      jax.random.fold_in(rng, LOSS),
+    )
+    penalty_loss, penalty_grads = jax.value_and_grad(penalty_value)(
+      state.trainable, state, batch, jax.random.fold_in(rng, PENALTY)
+    )
+    grads = jax.tree.map(jnp.add, data_grads, penalty_grads)
+    grads = penalty.direct(grads, state.penalty_state)
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, state.trainable
+    )
+    metrics = {
+      'loss': loss,
+      **aux.metrics,
+      'penalty': penalty_loss,
+      'grad_norm': optax.global_norm(grads),
+      'update_norm': optax.global_norm(updates),
+    }
+    state = state.replace(
+      step=state.step + 1,
+      trainable=optax.apply_updates(state.trainable, updates),
+      opt_state=opt_state,
+      model_state=tuning.keep(
+        state.model_state, aux.model_state, state.trainable, state.frozen
+      ),
+      penalty_state=penalty.observe(
+        state.penalty_state, state.trainable, data_grads, updates
+      ),
+    )
+    return state, aux._replace(metrics=metrics)
+
+  def end_task(state, forward, batches, rng):
+    return state.replace(
+      penalty_state=penalty.consolidate(
+        state.penalty_state,
+        state.trainable,
+        tuning.merge(state.trainable, state.frozen),
+        state.model_state,
+        forward,
+        batches,
+        rng,
+      )
+    )
+
+  return Learner(
+    init=init,
+    step=step,
+    params=lambda state: tuning.merge(state.trainable, state.frozen),
+    using=lambda state: tuning.intercept(state.trainable, state.frozen),
+    end_task=end_task,
+  )
+
+
+def append(batch: Batch, rows: Batch, valid: Array) -> Batch:
+  """Experience replay: the batch and the remembered rows as one batch.
+
+  Rows of an empty memory get weight zero. Keys that only the memory has are
+  dropped.
+  """
+  size = jax.tree.leaves(batch)[0].shape[0]
+  weight = batch.get('weight', jnp.ones(size, valid.dtype))
+  mixed = {
+    key: jnp.concatenate([value, rows[key]])
+    for key, value in batch.items()
+    if key != 'weight'
+  }
+  return {**mixed, 'weight': jnp.concatenate([weight, valid])}
+
+
+def beside(batch: Batch, rows: Batch, valid: Array) -> Batch:
+  """The remembered rows under `memory_*` keys, for losses that read them."""
+  named = {f'memory_{key}': value for key, value in rows.items()}
+  return {**batch, **named, 'memory_weight': valid}
+
+
+def rehearse(
+  learner: Learner,
+  memory: Memory,
+  size: int,
+  *,
+  mix: Callable[[Batch, Batch, Array], Batch] = append,
+) -> Learner:
+  """The same learner, fed from a memory as well.
+
+  Each step samples `size` rows, mixes them into the batch, takes the
+  learner's step and then inserts the batch's own rows with their outputs
+  (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486, algorithm 1).
+
+  Args:
+    learner: any learner.
+    memory: for example `reservoir(...)`; it lives in `TrainState.memory`.
+    size: remembered rows per step.
+    mix: `(batch, rows, valid) -> batch`; `append` or `beside`.
+  """
+
+  def init(params, rng, model_state=None):
+    state = learner.init(params, rng, model_state)
+    return state.replace(memory=memory.init())
+
+  def step(state, batch, rng):
+    key = jax.random.fold_in(rng, state.step)
+    rows, valid = memory.sample(
+      state.memory, size, jax.random.fold_in(key, SAMPLE)
+    )
+    count = jax.tree.leaves(batch)[0].shape[0]
+    held = state.memory
+    state, aux = learner.step(state, mix(batch, rows, valid), rng)
+    own = jax.tree.map(lambda x: x[:count], aux.outputs)
+    weight = batch.get('weight', jnp.ones(count, jnp.float32))
+    # The root key: a row's fate depends on how many came before, not on how
+    # they were cut into batches.
+    held = memory.insert(
+      held,
+      {**batch, 'outputs': own},
+      weight,
+      jax.random.fold_in(rng, INSERT),
+    )
+    return state.replace(memory=held), aux._replace(outputs=own)
+
+  return learner._replace(init=init, step=step)
+
+
+def adapt(
+  learner: Learner,
+  state: TrainState,
+  batches: Callable[[Array], Batch],
+  rng: Array,
+  *,
+  num_steps: int,
+  every: Callable[[TrainState, Aux], Any] = lambda state, aux: aux.metrics,
+) -> tuple[TrainState, Any]:
+  """Scans `learner.step`: the inner loop, or a chunk of plain training.
+
+  Args:
+    learner: any learner.
+    state: where to start.
+    batches: `i -> batch` for the i-th step from here; a constant function
+      for a support set, an indexing one for minibatches or a stream.
+    rng: root key, as for `learner.step`.
+    num_steps: static number of steps.
+    every: what to record after each step; metrics by default.
+
+  Returns:
+    The last state, and what `every` gave, stacked [num_steps, ...].
+  """
+  frozen = state.frozen  # constant: kept out of the scan's carry
+
+  def body(carry, index):
+    state, aux = learner.step(carry.replace(frozen=frozen), batches(index), rng)
+    return state.replace(frozen={}), every(state, aux)
+
+  last, history = jax.lax.scan(
+    body, state.replace(frozen={}), jnp.arange(num_steps)
+  )
+  return last.replace(frozen=frozen), history

@@ -1,0 +1,164 @@
+"""Meta-learning is a loss.
+
+`episode_loss` adapts a learner to an episode's support set with the very
+step that plain fine-tuning uses, and returns the loss on the query set as an
+ordinary `LossFn` of the parameters it started from. Fine-tuning that loss is
+MAML:
+
+  finetune(episode_loss(finetune(loss, sgd(0.4)), loss, 5), adam(1e-3))
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fmeta import tree
+from fmeta.learner import adapt
+from fmeta.types import Array, Aux, Batch, Forward, Learner, LossFn, Params
+
+Inner = Learner | Callable[[Any], Learner]
+Over = Callable[[Callable], Callable]
+
+# Streams of randomness within one episode.
+INIT, ADAPT, QUERY = range(3)
+
+
+def in_chunks(size: int) -> Over:
+  """`vmap` over `size` tasks at a time, one chunk after the other."""
+
+  def over(fun):
+    return lambda *args: jax.lax.map(lambda xs: fun(*xs), args, batch_size=size)
+
+  return over
+
+
+def _split_hyper(inner: Inner, params: Params) -> tuple[Learner, Params]:
+  """The inner learner and where it starts; `hyper` is part of `params`."""
+  if isinstance(inner, Learner):
+    return inner, params
+  return inner(params['hyper']), params['model']
+
+
+def _adapted(inner, num_steps, params, model_state, support, rng):
+  learner, start = _split_hyper(inner, params)
+  # One key for all episodes: what a tuning adds is born the same everywhere.
+  state = learner.init(start, jax.random.key(INIT), model_state)
+  rng = jax.random.fold_in(rng, ADAPT)
+  state, _ = adapt(learner, state, lambda _: support, rng, num_steps=num_steps)
+  return learner, state
+
+
+def _per_task(fun: Callable, over: Over, episodes: Mapping, rng: Array | None):
+  """Runs `fun(episode, key)` over the leading task axis of `episodes`.
+
+  Without a key (evaluation) every task adapts with one fixed key.
+  """
+  tasks = jax.tree.leaves(episodes)[0].shape[0]
+  root = jax.random.key(ADAPT) if rng is None else rng
+  keys = jax.vmap(functools.partial(jax.random.fold_in, root))(
+    jnp.arange(tasks)
+  )
+  return over(fun)(episodes, keys)
+
+
+def episode_loss(
+  inner: Inner, loss_fn: LossFn, num_steps: int, *, over: Over = jax.vmap
+) -> LossFn:
+  """The query loss after adaptation, as a loss of the initial parameters.
+
+    L(p) = mean_task loss(adapt(p, support), query)
+
+  Differentiating it is second-order MAML (Finn et al. 2017,
+  https://arxiv.org/abs/1703.03400, eq. 1); an inner learner built with
+  `value_and_grad=first_order()` makes it FOMAML, one with
+  `tuning=select('head/.*')` ANIL.
+
+  Args:
+    inner: a learner, or a function `hyper -> learner`; then the outer
+      parameters are `{'model': ..., 'hyper': ...}` and hyper-parameters such
+      as step sizes are meta-learned.
+    loss_fn: the loss on the query set.
+    num_steps: inner steps on the support set.
+    over: how tasks are mapped: `jax.vmap` or `in_chunks(k)`.
+
+  Returns:
+    A `LossFn` whose batch is `{'support': batch, 'query': batch}` with a
+    leading task axis everywhere; its unit of weight is a task and its outputs
+    are the query outputs [tasks, ...]. Model state is an input only.
+  """
+
+  def loss(params, model_state, batch, rng):
+    def one(episode, key):
+      learner, state = _adapted(
+        inner, num_steps, params, model_state, episode['support'], key
+      )
+      query_key = None if rng is None else jax.random.fold_in(key, QUERY)
+      with learner.using(state) as adapted:
+        value, aux = loss_fn(
+          adapted, state.model_state, episode['query'], query_key
+        )
+      return value, dict(aux.metrics), aux.outputs
+
+    values, metrics, outputs = _per_task(one, over, batch, rng)
+    weight = jnp.asarray(values.shape[0], values.dtype)
+    metrics = jax.tree.map(jnp.mean, metrics)
+    return values.mean(), Aux(model_state, metrics, weight, outputs)
+
+  return loss
+
+
+def reptile_loss(
+  inner: Inner, num_steps: int, *, over: Over = jax.vmap
+) -> LossFn:
+  """A loss whose gradient is Reptile's: initial minus adapted parameters.
+
+    L(p) = mean_task 1/2 |p - stop_gradient(adapt(p, support))|^2
+
+  (Nichol et al. 2018, https://arxiv.org/abs/1803.02999, eq. 28; with an SGD
+  outer step of rate e it is their update p <- p + e (adapted - p).) Query
+  sets are not used.
+  """
+
+  def loss(params, model_state, batch, rng):
+    def one(support, key):
+      _, state = _adapted(inner, num_steps, params, model_state, support, key)
+      adapted = tree.combine(state.frozen, state.trainable)
+      return jax.lax.stop_gradient(adapted)
+
+    adapted = _per_task(one, over, batch['support'], rng)
+    model = params if isinstance(inner, Learner) else params['model']
+    distances = jax.tree.map(
+      lambda p, q: 0.5 * jnp.sum((p[None] - q) ** 2) / q.shape[0],
+      model,
+      adapted,
+    )
+    value = sum(jax.tree.leaves(distances), jnp.zeros(()))
+    tasks = jax.tree.leaves(adapted)[0].shape[0]
+    return value, Aux(model_state, {}, jnp.asarray(tasks, value.dtype))
+
+  return loss
+
+
+def predict_episodes(
+  inner: Inner, forward: Forward, num_steps: int, *, over: Over = jax.vmap
+) -> Callable[[Params, Any, Batch], Array]:
+  """`(params, model_state, episodes) -> query outputs [tasks, ...]`.
+
+  Adapts to each support set and then runs the model on the query set in
+  evaluation mode. `num_steps` may differ from training's.
+  """
+
+  def predict(params, model_state, episodes):
+    def one(episode, key):
+      learner, state = _adapted(
+        inner, num_steps, params, model_state, episode['support'], key
+      )
+      with learner.using(state) as adapted:
+        return forward(adapted, state.model_state, episode['query'], None)[0]
+
+    return _per_task(one, over, episodes, None)
+
+  return predict

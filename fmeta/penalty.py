@@ -1,0 +1,133 @@
+"""What the parameters remember: quadratic penalties.
+
+A penalty lives on the merged values of the leaves that move, so LoRA factors
+(A, B) and (2A, B/2), which are the same weights, are penalised alike.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fmeta import tree
+from fmeta.fisher import exact_fisher
+from fmeta.types import Array, Params, Penalty, Scalar
+
+# (forward, params, moving, model_state, batches, rng) -> like `moving`
+Importance = Callable[..., Params]
+
+
+def no_penalty() -> Penalty:
+  """Remembers nothing."""
+  return Penalty(
+    init=lambda trainable, params: {},
+    value=lambda trainable, params, state, batch, rng: jnp.zeros(()),
+    direct=lambda grads, state: grads,
+    observe=lambda state, trainable, grads, updates: state,
+    consolidate=lambda state, *args: state,
+  )
+
+
+def moving_leaves(trainable: Params, params: Params) -> Params:
+  """The merged values of the full parameters that the trainable leaves move."""
+  moved = set()
+  for name in tree.names(trainable):
+    head, _, last = name.rpartition('/')
+    moved.add(f'{head}/{last.split(".")[0]}' if head else last.split('.')[0])
+  return tree.partition(params, moved.__contains__)[0]
+
+
+def _own(leaves: Params) -> Params:
+  # Copied: `fit` donates the state, and a buffer cannot be donated twice.
+  return jax.tree.map(lambda x: jnp.array(x, copy=True), leaves)
+
+
+def _half_square(values: Params, anchor: Params, weights: Params) -> Array:
+  terms = jax.tree.map(
+    lambda x, a, w: jnp.sum(w * (x - a) ** 2), values, anchor, weights
+  )
+  return 0.5 * sum(jax.tree.leaves(terms), jnp.zeros(()))
+
+
+def l2_sp(
+  strength: Scalar, multipliers: tree.Patterns = (('.*', 1.0),)
+) -> Penalty:
+  """Decay towards the starting point.
+
+    strength / 2 * sum_i m_i (p_i - p0_i)^2
+
+  (Li et al. 2018, https://arxiv.org/abs/1802.01483, eq. 2.)
+
+  Args:
+    strength: may be traced.
+    multipliers: ordered `(pattern, m)` over the moving parameters; use
+      `(('head/.*', 0.0), ('.*', 1.0))` so that a fresh head is not pulled to
+      its random start.
+  """
+
+  def init(trainable, params):
+    return {'anchor': _own(moving_leaves(trainable, params))}
+
+  def value(trainable, params, state, batch, rng):
+    del batch, rng
+    values = moving_leaves(trainable, params)
+    weights = tree.match(values, multipliers, what='multiplier')
+    return strength * _half_square(values, state['anchor'], weights)
+
+  return no_penalty()._replace(init=init, value=value)
+
+
+def ewc(strength: Scalar, importance: Importance = exact_fisher) -> Penalty:
+  """Elastic weight consolidation.
+
+  After tasks 1..T with optima p_t and diagonal Fishers F_t it adds
+
+    strength / 2 * sum_t sum_i F_t,i (p_i - p_t,i)^2
+
+  (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, eq. 3, one term
+  per task). The sum over tasks is one quadratic, so the state has a fixed
+  size: F = sum_t F_t and the F-weighted mean of the optima.
+
+  Gradient descent with rate r diverges once r * strength * max F > 2;
+  `max_importance` gives max F.
+
+  Args:
+    strength: may be traced.
+    importance: from `fmeta.fisher`: `exact_fisher` (labels summed over),
+      `sampled_fisher` (labels drawn from the model) or `empirical_fisher`
+      (the data's labels, which is no Fisher). All are means over examples,
+      independent of the batch size.
+  """
+
+  def init(trainable, params):
+    moving = moving_leaves(trainable, params)
+    zeros = jax.tree.map(jnp.zeros_like, moving)
+    return {'anchor': _own(moving), 'importance': zeros}
+
+  def value(trainable, params, state, batch, rng):
+    del batch, rng
+    values = moving_leaves(trainable, params)
+    return strength * _half_square(values, state['anchor'], state['importance'])
+
+  def consolidate(state, trainable, params, model_state, forward, batches, rng):
+    moving = moving_leaves(trainable, params)
+    new = importance(forward, params, moving, model_state, batches, rng)
+    total = jax.tree.map(jnp.add, state['importance'], new)
+
+    def mean(anchor, old, now, fresh, both):
+      safe = jnp.where(both > 0, both, 1)
+      return jnp.where(both > 0, (old * anchor + fresh * now) / safe, now)
+
+    anchor = jax.tree.map(
+      mean, state['anchor'], state['importance'], moving, new, total
+    )
+    return {'anchor': anchor, 'importance': total}
+
+  return no_penalty()._replace(init=init, value=value, consolidate=consolidate)
+
+
+def max_importance(state: Any) -> Array:
+  """Largest importance of a penalty state, 0 if it has none."""
+  leaves = jax.tree.leaves(state.get('importance', {}))
+  return jnp.max(jnp.stack([leaf.max() for leaf in leaves] or [jnp.zeros(())]))
