@@ -1,1 +1,16 @@
-"""pretrained."""
+"""Published weights under our names: safetensors only, never a pickle."""
+
+from fmeta.pretrained.bert import load_bert, save_bert
+from fmeta.pretrained.files import check_sha256, read_tensors, sha256
+from fmeta.pretrained.sources import MINILM, MINILM_SHA256, find
+
+__all__ = [
+  'MINILM',
+  'MINILM_SHA256',
+  'check_sha256',
+  'find',
+  'load_bert',
+  'read_tensors',
+  'save_bert',
+  'sha256',
+]
