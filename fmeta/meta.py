@@ -17,7 +17,16 @@ import jax.numpy as jnp
 
 from fmeta import tree
 from fmeta.learner import adapt
-from fmeta.types import Array, Aux, Batch, Forward, Learner, LossFn, Params
+from fmeta.types import (
+  Array,
+  Aux,
+  Batch,
+  Forward,
+  Learner,
+  LossFn,
+  ModelState,
+  Params,
+)
 
 Inner = Learner | Callable[[Any], Learner]
 Over = Callable[[Callable], Callable]
@@ -143,15 +152,30 @@ def reptile_loss(
 
 
 def predict_episodes(
-  inner: Inner, forward: Forward, num_steps: int, *, over: Over = jax.vmap
-) -> Callable[[Params, Any, Batch], Array]:
-  """`(params, model_state, episodes) -> query outputs [tasks, ...]`.
+  inner: Inner,
+  forward: Forward,
+  num_steps: int,
+  *,
+  model_state: ModelState | None = None,
+  over: Over = jax.vmap,
+) -> Callable[[Params, Batch, Array | None], Array]:
+  """`(params, episodes, rng) -> query outputs [tasks, ...]`.
 
-  Adapts to each support set and then runs the model on the query set in
-  evaluation mode. `num_steps` may differ from training's.
+  Adapts to each support set, then runs the model on the query set in
+  evaluation mode; `evaluate.evaluate_episodes` takes the result.
+
+  Args:
+    inner: as for `episode_loss`; its step size and `num_steps` may differ
+      from training's.
+    forward: the model.
+    num_steps: inner steps on the support set; 0 evaluates the start.
+    model_state: where the inner learner starts; none by default. The query
+      sees the state that the support left, so a norm with running averages
+      normalises by support statistics.
+    over: how tasks are mapped.
   """
 
-  def predict(params, model_state, episodes):
+  def predict(params, episodes, rng):
     def one(episode, key):
       learner, state = _adapted(
         inner, num_steps, params, model_state, episode['support'], key
@@ -159,6 +183,6 @@ def predict_episodes(
       with learner.using(state) as adapted:
         return forward(adapted, state.model_state, episode['query'], None)[0]
 
-    return _per_task(one, over, episodes, None)
+    return _per_task(one, over, episodes, rng)
 
   return predict
