@@ -12,13 +12,18 @@ import jax
 from flax import linen as nn
 
 from fmeta.errors import UsageError
-from fmeta.models.bert import BertClassifier, BertConfig
+from fmeta.models.bert import BertClassifier
+from fmeta.models.bert_layers import BertConfig
+from fmeta.models.conv import BatchNorm, Conv4, MatmulConv
 from fmeta.models.mlp import Mlp
 from fmeta.types import Array, Batch, Forward, ModelState, Params
 
 __all__ = [
+  'BatchNorm',
   'BertClassifier',
   'BertConfig',
+  'Conv4',
+  'MatmulConv',
   'Mlp',
   'TEXT',
   'IMAGE',

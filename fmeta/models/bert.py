@@ -1,184 +1,31 @@
 """BERT, an encoder with a linear head (Devlin et al. 2019).
 
-https://arxiv.org/abs/1810.04805. Layers are unrolled and every projection is
-a plain `nn.Dense` with a [in, out] kernel, so that an adapter can step into
-each of them. The names are `body/embeddings/...`, `body/layer_<k>/...` and
-`head/...`; `fmeta.pretrained` fills them from published weights.
+https://arxiv.org/abs/1810.04805. Layers are unrolled: an adapter that steps
+into a scanned one would add the same delta to every layer. The names are
+`body/embeddings/...`, `body/layer_<k>/...` and `head/...`;
+`fmeta.pretrained` fills them from published weights.
 
 The sequence may be entered in the middle: `prefix` runs the embeddings and
 the first layers once, `resume` the remaining ones. With a frozen prefix and
 no dropout that is the same function at a fraction of the price.
 """
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fmeta.errors import UsageError
+from fmeta.models.bert_layers import (
+  BertConfig,
+  Embeddings,
+  Layer,
+  Masks,
+  additive_mask,
+  dense,
+)
+from fmeta.models.dropout import drop, keep
 from fmeta.types import Array
 
 POOLINGS = ('mean', 'cls')
-
-
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-  """Sizes of a BERT; defaults are BERT-base uncased (Devlin et al. 2019).
-
-  Attributes:
-    vocab_size: rows of the word embedding.
-    hidden_size: width of the residual stream.
-    num_layers: transformer blocks.
-    num_heads: attention heads; must divide `hidden_size`.
-    intermediate_size: width inside the MLP.
-    max_positions: longest sequence that has position embeddings.
-    type_vocab_size: rows of the segment embedding.
-    layer_norm_eps: added to the variance.
-    dropout: on embeddings, block outputs and the pooled vector.
-    attention_dropout: on attention probabilities.
-    initializer_range: standard deviation of fresh kernels and embeddings.
-  """
-
-  vocab_size: int = 30522
-  hidden_size: int = 768
-  num_layers: int = 12
-  num_heads: int = 12
-  intermediate_size: int = 3072
-  max_positions: int = 512
-  type_vocab_size: int = 2
-  layer_norm_eps: float = 1e-12
-  dropout: float = 0.1
-  attention_dropout: float = 0.1
-  initializer_range: float = 0.02
-
-  def __post_init__(self):
-    if self.hidden_size % self.num_heads:
-      raise UsageError(
-        f'num_heads={self.num_heads} does not divide '
-        f'hidden_size={self.hidden_size}; choose a divisor'
-      )
-
-
-def _dense(config: BertConfig, features: int, name: str | None = None):
-  init = nn.initializers.normal(config.initializer_range)
-  return nn.Dense(features, kernel_init=init, name=name)
-
-
-def _embed(config: BertConfig, rows: int, name: str):
-  init = nn.initializers.normal(config.initializer_range)
-  return nn.Embed(rows, config.hidden_size, embedding_init=init, name=name)
-
-
-def _norm(config: BertConfig, name: str):
-  # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-  return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
-
-
-def gelu(x: Array) -> Array:
-  """x Phi(x), exactly (Hendrycks & Gimpel 2016); erf is cheaper than erfc."""
-  return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
-
-
-def additive_mask(attention_mask: Array) -> Array:
-  """[B, L] of 0 and 1 -> [B, 1, 1, L] of 0 where seen and -1e9 where not."""
-  hidden = attention_mask[:, None, None, :] == 0
-  return jnp.where(hidden, -1e9, 0.0).astype(jnp.float32)
-
-
-def attend(query: Array, key: Array, bias: Array) -> Array:
-  """Probabilities softmax(q k' / sqrt(d) + bias), in float32 or wider.
-
-  Args:
-    query: [B, L, heads, d].
-    key: [B, M, heads, d].
-    bias: additive, broadcastable to [B, heads, L, M].
-  """
-  scores = jnp.einsum('blhd,bmhd->bhlm', query, key)
-  dtype = jnp.promote_types(scores.dtype, jnp.float32)
-  scores = scores.astype(dtype) * query.shape[-1] ** -0.5
-  return jax.nn.softmax(scores + bias.astype(dtype)).astype(query.dtype)
-
-
-class Embeddings(nn.Module):
-  """Sum of word, position and segment embeddings, normalised."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(
-    self, input_ids: Array, token_type_ids: Array | None, deterministic: bool
-  ) -> Array:
-    """[B, L] -> [B, L, hidden]."""
-    config, length = self.config, input_ids.shape[1]
-    if length > config.max_positions:
-      raise UsageError(
-        f'{length} tokens in a row, but the model has positions for '
-        f'{config.max_positions}; cut the texts when encoding them'
-      )
-    word = _embed(config, config.vocab_size, 'word')(input_ids)
-    position = _embed(config, config.max_positions, 'position').embedding
-    segment = _embed(config, config.type_vocab_size, 'type')
-    if token_type_ids is None:
-      segments = segment.embedding[None, :1]
-    else:
-      segments = segment(token_type_ids)
-    hidden = word + position[None, :length] + segments
-    hidden = _norm(config, 'norm')(hidden)
-    return nn.Dropout(config.dropout)(hidden, deterministic)
-
-
-class Attention(nn.Module):
-  """Self-attention, residual, norm."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(self, hidden: Array, bias: Array, deterministic: bool) -> Array:
-    """[B, L, hidden] -> the same."""
-    config = self.config
-    split = (*hidden.shape[:2], config.num_heads, -1)
-
-    def project(name):
-      return _dense(config, config.hidden_size, name)(hidden).reshape(split)
-
-    weights = attend(project('query'), project('key'), bias)
-    weights = nn.Dropout(config.attention_dropout)(weights, deterministic)
-    mixed = jnp.einsum('bhlm,bmhd->blhd', weights, project('value'))
-    out = _dense(config, config.hidden_size, 'output')(
-      mixed.reshape(hidden.shape)
-    )
-    out = nn.Dropout(config.dropout)(out, deterministic)
-    return _norm(config, 'norm')(hidden + out)
-
-
-class Mlp(nn.Module):
-  """Two dense layers with a gelu, residual, norm."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(self, hidden: Array, deterministic: bool) -> Array:
-    """[B, L, hidden] -> the same."""
-    config = self.config
-    inner = gelu(_dense(config, config.intermediate_size, 'up')(hidden))
-    out = _dense(config, config.hidden_size, 'down')(inner)
-    out = nn.Dropout(config.dropout)(out, deterministic)
-    return _norm(config, 'norm')(hidden + out)
-
-
-class Layer(nn.Module):
-  """One block: attention, then MLP, both post-norm."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(self, hidden: Array, bias: Array, deterministic: bool) -> Array:
-    """[B, L, hidden] -> the same."""
-    hidden = Attention(self.config, name='attention')(
-      hidden, bias, deterministic
-    )
-    return Mlp(self.config, name='mlp')(hidden, deterministic)
 
 
 class Body(nn.Module):
@@ -192,9 +39,13 @@ class Body(nn.Module):
     for k in range(self.config.num_layers):
       setattr(self, f'layer_{k}', Layer(self.config))
 
-  def embed(self, input_ids, token_type_ids, deterministic) -> Array:
-    """[B, L] -> [B, L, hidden], the state before layer 0."""
-    return self.embeddings(input_ids, token_type_ids, deterministic)
+  def embed(
+    self, input_ids: Array, token_type_ids: Array | None, deterministic: bool
+  ) -> Array:
+    """[B, L] -> [B, L, H], the state before layer 0."""
+    shape = (*input_ids.shape, self.config.hidden_size)
+    mask = self._mask(self.config.dropout, shape, deterministic)
+    return self.embeddings(input_ids, token_type_ids, mask)
 
   def layers(
     self,
@@ -202,15 +53,32 @@ class Body(nn.Module):
     attention_mask: Array,
     first: int,
     last: int,
-    *,
     deterministic: bool,
   ) -> list[Array]:
-    """States after each of the layers `first` to `last - 1`."""
-    bias, states = additive_mask(attention_mask), []
-    for k in range(first, last):
-      hidden = getattr(self, f'layer_{k}')(hidden, bias, deterministic)
-      states.append(hidden)
+    """States before layer `first` and after each one up to `last - 1`."""
+    bias, states = additive_mask(attention_mask), [hidden]
+    masks = self._masks(hidden.shape, last - first, deterministic)
+    for k, mask in zip(range(first, last), masks, strict=True):
+      layer = getattr(self, f'layer_{k}')
+      states.append(layer(states[-1], bias, mask))
     return states
+
+  def _mask(self, rate, shape, deterministic) -> Array | None:
+    if deterministic or not rate:
+      return None
+    return keep(self.make_rng('dropout'), rate, shape)
+
+  def _masks(self, shape, count: int, deterministic: bool) -> list[Masks]:
+    """Draws all layers' masks from two generators, not from three each."""
+    config, (rows, length, _) = self.config, shape
+    square = (count, rows, config.num_heads, length, length)
+    attention = self._mask(config.attention_dropout, square, deterministic)
+    outputs = self._mask(config.dropout, (count, 2, *shape), deterministic)
+
+    def row(masks, k):
+      return None if masks is None else masks[k]
+
+    return [Masks(row(attention, k), row(outputs, k)) for k in range(count)]
 
 
 def pool(hidden: Array, attention_mask: Array, pooling: str) -> Array:
@@ -245,9 +113,8 @@ class BertClassifier(nn.Module):
   def setup(self):
     """Names the parts."""
     self.body = Body(self.config)
-    self.dropout = nn.Dropout(self.config.dropout)
     if self.num_classes:
-      self.head = _dense(self.config, self.num_classes)
+      self.head = dense(self.config, self.num_classes)
 
   def __call__(
     self,
@@ -275,7 +142,10 @@ class BertClassifier(nn.Module):
     pooled = self._pooled(hidden, attention_mask, first_layer, deterministic)
     if not self.num_classes:
       return pooled
-    return self.head(self.dropout(pooled, deterministic))
+    rate, mask = self.config.dropout, None
+    if rate and not deterministic:
+      mask = keep(self.make_rng('dropout'), rate, pooled.shape)
+    return self.head(drop(pooled, mask, rate))
 
   def prefix(
     self,
@@ -321,10 +191,7 @@ class BertClassifier(nn.Module):
     last = self.config.num_layers if last_layer is None else last_layer
     self._check_layer(last)
     hidden = self.body.embed(input_ids, token_type_ids, deterministic)
-    rest = self.body.layers(
-      hidden, attention_mask, 0, last, deterministic=deterministic
-    )
-    return [hidden, *rest]
+    return self.body.layers(hidden, attention_mask, 0, last, deterministic)
 
   def _pooled(self, hidden, attention_mask, first_layer, deterministic):
     self._check_layer(first_layer)
@@ -333,9 +200,9 @@ class BertClassifier(nn.Module):
       attention_mask,
       first_layer,
       self.config.num_layers,
-      deterministic=deterministic,
+      deterministic,
     )
-    return pool([hidden, *states][-1], attention_mask, self.pooling)
+    return pool(states[-1], attention_mask, self.pooling)
 
   def _check_layer(self, layer: int):
     if not 0 <= layer <= self.config.num_layers:

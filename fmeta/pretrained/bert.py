@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from fmeta import tree
 from fmeta.errors import UsageError, suggest
-from fmeta.models.bert import BertClassifier, BertConfig
+from fmeta.models.bert import BertClassifier
+from fmeta.models.bert_layers import BertConfig
 from fmeta.pretrained.files import check_sha256, read_json, read_tensors
 from fmeta.pretrained.sources import find
 from fmeta.types import Array, Params

@@ -1,0 +1,195 @@
+"""The parts of BERT (Devlin et al. 2019): sizes, embeddings, one layer.
+
+https://arxiv.org/abs/1810.04805. Every projection is a plain `nn.Dense` with
+a [in, out] kernel, so that an adapter can step into each of them. Dropout
+masks are arguments: `Body` draws them for all layers at once.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fmeta.errors import UsageError
+from fmeta.models.dropout import drop
+from fmeta.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+  """Sizes of a BERT; defaults are BERT-base uncased (Devlin et al. 2019).
+
+  Attributes:
+    vocab_size: rows of the word embedding.
+    hidden_size: width of the residual stream.
+    num_layers: transformer blocks.
+    num_heads: attention heads; must divide `hidden_size`.
+    intermediate_size: width inside the MLP.
+    max_positions: longest sequence that has position embeddings.
+    type_vocab_size: rows of the segment embedding.
+    layer_norm_eps: added to the variance.
+    dropout: on embeddings, block outputs and the pooled vector.
+    attention_dropout: on attention probabilities.
+    initializer_range: standard deviation of fresh kernels and embeddings.
+  """
+
+  vocab_size: int = 30522
+  hidden_size: int = 768
+  num_layers: int = 12
+  num_heads: int = 12
+  intermediate_size: int = 3072
+  max_positions: int = 512
+  type_vocab_size: int = 2
+  layer_norm_eps: float = 1e-12
+  dropout: float = 0.1
+  attention_dropout: float = 0.1
+  initializer_range: float = 0.02
+
+  def __post_init__(self):
+    if self.hidden_size % self.num_heads:
+      raise UsageError(
+        f'num_heads={self.num_heads} does not divide '
+        f'hidden_size={self.hidden_size}; choose a divisor'
+      )
+
+
+def dense(
+  config: BertConfig, features: int, name: str | None = None
+) -> nn.Dense:
+  """A projection with BERT's initialisation."""
+  init = nn.initializers.normal(config.initializer_range)
+  return nn.Dense(features, kernel_init=init, name=name)
+
+
+def embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
+  """A table with BERT's initialisation."""
+  init = nn.initializers.normal(config.initializer_range)
+  return nn.Embed(rows, config.hidden_size, embedding_init=init, name=name)
+
+
+def norm(config: BertConfig, name: str) -> nn.LayerNorm:
+  """A layer norm with BERT's epsilon."""
+  # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
+  return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
+
+
+def gelu(x: Array) -> Array:
+  """x Phi(x), exactly (Hendrycks & Gimpel 2016); erf is cheaper than erfc."""
+  return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+def additive_mask(attention_mask: Array) -> Array:
+  """[B, L] of 0 and 1 -> [B, 1, 1, L] of 0 where seen and -1e9 where not."""
+  hidden = attention_mask[:, None, None, :] == 0
+  return jnp.where(hidden, -1e9, 0.0).astype(jnp.float32)
+
+
+def attend(query: Array, key: Array, bias: Array) -> Array:
+  """Probabilities softmax(q k' / sqrt(d) + bias), in float32 or wider.
+
+  Args:
+    query: [B, L, heads, d].
+    key: [B, M, heads, d].
+    bias: additive, broadcastable to [B, heads, L, M].
+  """
+  scores = jnp.einsum('blhd,bmhd->bhlm', query, key)
+  dtype = jnp.promote_types(scores.dtype, jnp.float32)
+  scores = scores.astype(dtype) * query.shape[-1] ** -0.5
+  return jax.nn.softmax(scores + bias.astype(dtype)).astype(query.dtype)
+
+
+class Masks(NamedTuple):
+  """What dropout keeps in one layer; None keeps all.
+
+  Attributes:
+    attention: [B, heads, L, L], of the probabilities.
+    outputs: [2, B, L, H], of the attention's and of the MLP's output.
+  """
+
+  attention: Array | None
+  outputs: Array | None
+
+  def output(self, index: int) -> Array | None:
+    """The mask of the attention's output (0) or of the MLP's (1)."""
+    return None if self.outputs is None else self.outputs[index]
+
+
+class Embeddings(nn.Module):
+  """Sum of word, position and segment embeddings, normalised."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(
+    self, input_ids: Array, token_type_ids: Array | None, mask: Array | None
+  ) -> Array:
+    """[B, L] -> [B, L, H]; `mask` is dropout's, of that shape."""
+    config, length = self.config, input_ids.shape[1]
+    if length > config.max_positions:
+      raise UsageError(
+        f'{length} tokens in a row, but the model has positions for '
+        f'{config.max_positions}; cut the texts when encoding them'
+      )
+    word = embed(config, config.vocab_size, 'word')(input_ids)
+    position = embed(config, config.max_positions, 'position').embedding
+    segment = embed(config, config.type_vocab_size, 'type')
+    if token_type_ids is None:
+      segments = segment.embedding[None, :1]
+    else:
+      segments = segment(token_type_ids)
+    hidden = word + position[None, :length] + segments
+    hidden = norm(config, 'norm')(hidden)
+    return drop(hidden, mask, config.dropout)
+
+
+class Attention(nn.Module):
+  """Self-attention, residual, norm."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, hidden: Array, bias: Array, masks: Masks) -> Array:
+    """[B, L, H] -> the same."""
+    config = self.config
+    split = (*hidden.shape[:2], config.num_heads, -1)
+
+    def project(name):
+      return dense(config, config.hidden_size, name)(hidden).reshape(split)
+
+    weights = attend(project('query'), project('key'), bias)
+    weights = drop(weights, masks.attention, config.attention_dropout)
+    mixed = jnp.einsum('bhlm,bmhd->blhd', weights, project('value'))
+    out = dense(config, config.hidden_size, 'output')(
+      mixed.reshape(hidden.shape)
+    )
+    out = drop(out, masks.output(0), config.dropout)
+    return norm(config, 'norm')(hidden + out)
+
+
+class Mlp(nn.Module):
+  """Two dense layers with a gelu, residual, norm."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, hidden: Array, masks: Masks) -> Array:
+    """[B, L, H] -> the same."""
+    config = self.config
+    inner = gelu(dense(config, config.intermediate_size, 'up')(hidden))
+    out = dense(config, config.hidden_size, 'down')(inner)
+    out = drop(out, masks.output(1), config.dropout)
+    return norm(config, 'norm')(hidden + out)
+
+
+class Layer(nn.Module):
+  """One block: attention, then MLP, both post-norm."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, hidden: Array, bias: Array, masks: Masks) -> Array:
+    """[B, L, H] -> the same."""
+    hidden = Attention(self.config, name='attention')(hidden, bias, masks)
+    return Mlp(self.config, name='mlp')(hidden, masks)
