@@ -45,6 +45,15 @@ def test_permutations_hold_every_number_once_and_differ_by_index():
   assert np.mean(first == second) < 0.01
 
 
+def test_neighbouring_permutations_share_no_words():
+  ranks = [
+    np.argsort(draw.permutation(3, draw.EPOCH, i, 400)) for i in range(2)
+  ]
+  for shift in range(0, 40, 4):
+    moved = ranks[0][shift:], ranks[1][: 400 - shift]
+    assert abs(np.corrcoef(*moved)[0, 1]) < 0.2
+
+
 def test_permutations_are_the_same_forever():
   # Recorded 2026-11; a change would silently break every resumed run.
   order = draw.permutation(0, draw.EPOCH, 0, 8)

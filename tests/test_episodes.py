@@ -226,6 +226,8 @@ def test_shuffled_support_labels_agree_by_chance_only():
   # 2,000 tasks, one fixed point expected in each with variance 1: the mean
   # of agreement is .2 +- .0045.
   assert np.mean(agree) == pytest.approx(0.2, abs=0.0135)
+  # One and the same shuffle for all tasks would give 0 or 1 here.
+  assert np.mean(agree, axis=(0, 1)) == pytest.approx(0.2, abs=0.03)
 
 
 def test_shuffling_changes_only_labels_and_is_pure():

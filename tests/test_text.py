@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fmeta import data, text
+from fmeta import data, draw, text
 from fmeta.errors import UsageError
 
 WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', 'a', 'b', 'c', 'd']
@@ -205,6 +205,14 @@ def test_rows_longer_in_the_window_share_a_batch():
     for i in range(10)
   )
   assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_a_window_of_one_batch_leaves_the_permutation_s_batches():
+  source = text.bucketed_batches(make_columns(80), 8, 5, window=1)
+  order = draw.permutation(5, draw.EPOCH, 0, 80).reshape(10, 8)
+  assert {frozenset(source.rows(i).tolist()) for i in range(10)} == {
+    frozenset(batch.tolist()) for batch in order
+  }
 
 
 def test_padding_share_is_counted_by_hand():
