@@ -142,15 +142,15 @@ def by_column(
   values = column(columns, key)
   present = np.unique(values).tolist()
   # Through numpy, so that np.int64(3) and 3 are the same value.
-  order = present if order is None else np.asarray(list(order)).tolist()
+  wanted = present if order is None else np.asarray(list(order)).tolist()
   tasks = []
-  for position, value in enumerate(order):
+  for position, value in enumerate(wanted):
     if value not in present:
       raise UsageError(
         f'no example has {key} {value!r}'
         f'{suggest(str(value), map(str, present))}'
       )
-    if value in order[:position]:
+    if value in wanted[:position]:
       raise UsageError(
         f'{key} {value!r} comes twice in the order; once will do'
       )
