@@ -1,8 +1,10 @@
 """The page: panels of measured rows as HTML, PNG and plain text."""
 
-from fmeta.report.figures import Line, Picture, bars, curves, heatmap, stream
+from fmeta.report.figures import Line, bars, curves
+from fmeta.report.matrices import heatmap, stream
 from fmeta.report.page import write_report
 from fmeta.report.rows import Panel, Row, answer, terminal_table
+from fmeta.report.style import Picture
 
 __all__ = (
   'Line',

@@ -1,57 +1,20 @@
-"""Pictures in one house style: bars, curves and accuracy matrices.
-
-Colours are Okabe and Ito's (distinguishable under the common colour
-deficiencies) and never the only difference: bars are named, lines differ in
-marker and are named at their end, cells carry their number. Every picture
-brings a text alternative made from its numbers.
-"""
+"""Bars with intervals and curves with bands."""
 
 import dataclasses
-import io
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
+import scipy.optimize
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
 
 from fmeta.errors import UsageError
-
-_DPI = 200  # two device pixels per CSS pixel: sharp on screen and on paper
-_WIDTH = 8.8  # inches; 880 CSS pixels
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_MARKERS = ('o', 's', '^', 'D', 'v', 'P')
-_GREY, _INK, _FAINT = '#A7ADB3', '#24292F', '#E4E7EB'
-_STYLE: dict[str, Any] = {
-  'font.family': 'DejaVu Sans',
-  'font.size': 10,
-  'axes.titlesize': 11,
-  'axes.titleweight': 'bold',
-  'axes.titlelocation': 'left',
-  'axes.labelcolor': _INK,
-  'axes.edgecolor': '#8B949E',
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.axisbelow': True,
-  'text.color': _INK,
-  'xtick.color': _INK,
-  'ytick.color': _INK,
-  'figure.facecolor': 'white',
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-  """A PNG, its text alternative, and its width in CSS pixels."""
-
-  png: bytes
-  alt: str
-  width: int
+from fmeta.report import style
+from fmeta.report.style import Picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +28,6 @@ class Line:
   baseline: bool = False
 
 
-def _picture(figure: Figure, alt: str) -> Picture:
-  buffer = io.BytesIO()
-  # Without the version stamp the same numbers give the same bytes.
-  figure.savefig(buffer, format='png', dpi=_DPI, metadata={'Software': None})
-  return Picture(buffer.getvalue(), alt, round(figure.get_figwidth() * 96))
-
-
 def bars(
   rows: Sequence[Any], *, metric: str = 'accuracy', total: int | None = None
 ) -> Picture:
@@ -82,96 +38,111 @@ def bars(
     metric: the axis label.
     total: parameters of the model, to add shares to the counts at the right.
   """
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure((_WIDTH, 1.0 + 0.42 * len(rows)), layout='constrained')
+  with style.house():
+    figure = Figure((style.WIDTH, 1.0 + 0.42 * len(rows)), layout='constrained')
     axes = figure.add_subplot()
-    _draw_bars(axes, rows, [row.value for row in rows], metric)
+    values = [row.value for row in rows]
+    draw_bars(axes, rows, values, f'{metric} (%), 95% CI')
     _draw_counts(axes, rows, total)
-    return _picture(figure, _bars_alt(rows, metric))
+    return style.picture(figure, bars_alt(rows, metric))
 
 
-def _bars_alt(rows: Sequence[Any], metric: str) -> str:
+def bars_alt(rows: Sequence[Any], metric: str) -> str:
+  """The numbers of a bar chart in words."""
   values = ', '.join(f'{row.name} {100 * row.value:.1f}' for row in rows)
   return f'Bar chart of {metric} in percent: {values}.'
 
 
-def _draw_bars(
+def draw_bars(
   axes: Axes,
   rows: Sequence[Any],
   values: Sequence[float | None],
   label: str,
+  *,
+  colour: str = style.COLOURS[0],
   ends: bool = True,
+  room: float = 0.14,
 ) -> None:
-  places = np.arange(len(rows))
-  shown = np.array([np.nan if v is None else 100 * v for v in values])
-  colours = [_GREY if r.baseline else _COLOURS[0] for r in rows]
-  drawn = axes.barh(places, np.nan_to_num(shown), height=0.66, color=colours)
-  for row, bar in zip(rows, drawn, strict=True):
-    if row.ceiling:
-      bar.set(facecolor='white', edgecolor=_COLOURS[0], hatch='///')
-  for place, (row, value) in enumerate(zip(rows, shown, strict=True)):
-    edge = value
+  """Bars of `values`, a row each, from the top; None reads n/a.
+
+  `ends`: draw `Row.ci95`; `room`: share of the axis kept for the number.
+  """
+  for place, (row, value) in enumerate(zip(rows, values, strict=True)):
+    if value is not None:
+      _draw_bar(axes, place, 100 * value, row, colour)
+    tip = value or 0.0
     if ends and row.ci95 is not None:
-      low, high = (100 * end for end in row.ci95)
-      axes.plot([low, high], [place, place], color=_INK, lw=1.4)
-      axes.plot([low, high], [place, place], '|', color=_INK, ms=7)
-      edge = high
-    text = 'n/a' if np.isnan(value) else f'{value:.1f}'
+      low, tip = row.ci95
+      axes.plot([100 * low, 100 * tip], [place] * 2, color=style.INK, lw=1.4)
+      axes.plot([100 * low, 100 * tip], [place] * 2, '|', color=style.INK, ms=7)
     axes.annotate(
-      text,
-      (max(np.nan_to_num(edge), 0), place),
+      'n/a' if value is None else f'{100 * value:.1f}',
+      (max(100 * tip, 0), place),
       xytext=(6, 0),
       textcoords='offset points',
       va='center',
-      fontsize=10,
-      fontweight='normal' if row.baseline else 'bold',
+      fontweight='normal' if row.baseline or value is None else 'bold',
     )
-  axes.set_yticks(places, [row.name for row in rows])
+  axes.set_yticks(range(len(rows)), [_wrapped(row.name) for row in rows])
   axes.set_ylim(len(rows) - 0.4, -0.6)
-  _limits(axes, rows if ends else [], shown)
-  axes.set_xlabel(f'{label} (%)')
-  axes.grid(axis='x', color=_FAINT)
+  tips = [row.ci95[1] for row in rows if ends and row.ci95 is not None]
+  _limits(axes, [v for v in (*values, *tips) if v is not None], room)
+  axes.set_xlabel(label)
+  axes.grid(axis='x', color=style.FAINT)
   axes.tick_params(axis='y', length=0)
 
 
-def _limits(axes: Axes, rows: Sequence[Any], shown: np.ndarray) -> None:
-  """From zero (lengths are compared) with room for the number at the end."""
-  tips = [100 * row.ci95[1] for row in rows if row.ci95 is not None]
-  finite = [*shown[np.isfinite(shown)], *tips, 1.0]
-  low, high = min(0.0, *finite), max(finite)
-  axes.set_xlim(low * 1.15, high + 0.14 * (high - low))
+def _wrapped(name: str) -> str:
+  return '\n'.join(textwrap.wrap(name, 26))
+
+
+def _draw_bar(axes, place, value, row, colour) -> None:
+  look: dict[str, Any] = {'color': style.GREY if row.baseline else colour}
+  if row.ceiling:
+    look = {'facecolor': 'white', 'edgecolor': colour, 'hatch': '///'}
+  axes.barh(place, value, height=0.66, **look)
+
+
+def _limits(axes: Axes, values: Sequence[float], room: float) -> None:
+  """From zero, since lengths are compared, with room for the numbers."""
+  low, high = 100 * min(0.0, *values), 100 * max(0.01, *values)
+  axes.set_xlim(low * 1.15, high + room * (high - low))
+  axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
   if low < 0:
-    axes.axvline(0, color='#8B949E', lw=0.8)
+    axes.axvline(0, color=style.MUTED, lw=0.8)
 
 
 def _draw_counts(axes: Axes, rows: Sequence[Any], total: int | None) -> None:
-  """A column of trainable parameters to the right of the bars."""
-  if all(row.trainable is None for row in rows):
+  """Two columns to the right of the bars: trained parameters, their share."""
+  if all(row.trainable is None or row.baseline for row in rows):
     return
-  axes.text(
-    1.16,
-    1.01,
-    'trained parameters',
-    transform=axes.transAxes,
-    ha='right',
-    va='bottom',
-    fontsize=9,
-    color='#57606A',
-  )
-  for place, row in enumerate(rows):
+  place = axes.get_yaxis_transform()
+  look = {
+    'transform': place,
+    'ha': 'right',
+    'fontsize': 9,
+    'color': style.MUTED,
+  }
+  right = 1.2 if total else 1.12
+  axes.text(right, -0.62, 'trained parameters', va='bottom', **look)
+  for index, row in enumerate(rows):
     if row.trainable is None or row.baseline:
       continue
-    share = f'  ({row.trainable / total:.2%})' if total else ''
-    axes.text(
-      1.16,
-      place,
-      f'{row.trainable:,}{share}',
-      transform=axes.get_yaxis_transform(),
-      ha='right',
-      va='center',
-      fontsize=9,
-      color='#57606A',
-    )
+    axes.text(1.1, index, count(row.trainable), va='center', **look)
+    if total:
+      share = f'{100 * row.trainable / total:.3g}%'
+      axes.text(right, index, share, va='center', **look)
+
+
+def count(number: int | None) -> str:
+  """22713216 -> '22.7M'; empty for None."""
+  if number is None:
+    return ''
+  for unit, size in (('M', 1_000_000), ('K', 1_000)):
+    if number >= size:
+      scaled = number / size
+      return f'{scaled:.0f}{unit}' if scaled >= 100 else f'{scaled:.1f}{unit}'
+  return str(number)
 
 
 def curves(
@@ -193,23 +164,23 @@ def curves(
     UsageError: if there is no line or x, y, ci differ in length.
   """
   _check_lines(lines)
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure((_WIDTH, 4.4), layout='constrained')
+  with style.house():
+    figure = Figure((style.WIDTH, 4.4), layout='constrained')
     axes = figure.add_subplot()
-    looks = itertools.cycle(zip(_COLOURS, _MARKERS, strict=True))
+    looks = itertools.cycle(zip(style.COLOURS, style.MARKERS, strict=True))
     ends = []
     for line in lines:
-      colour, marker = (_GREY, '') if line.baseline else next(looks)
+      colour, marker = (style.MUTED, '') if line.baseline else next(looks)
       _draw_line(axes, line, colour, marker)
-      text = '#6E7781' if line.baseline else colour
-      ends.append((line.x[-1], 100 * line.y[-1], line.name, text))
+      ends.append((line.x[-1], 100 * line.y[-1], line.name, colour))
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(f'{ylabel} (%)')
+    band = ', 95% CI' if any(line.ci for line in lines) else ''
+    axes.set_ylabel(f'{ylabel} (%){band}')
     axes.set_title(title)
-    axes.grid(color=_FAINT)
+    axes.grid(color=style.FAINT)
     _integer_ticks(axes, sorted({x for line in lines for x in line.x}))
     _label_ends(axes, ends)
-    return _picture(figure, _curves_alt(lines, xlabel, ylabel))
+    return style.picture(figure, _curves_alt(lines, xlabel, ylabel))
 
 
 def _check_lines(lines: Sequence[Line]) -> None:
@@ -278,102 +249,24 @@ def _label_ends(axes: Axes, ends: Sequence[tuple]) -> None:
       va='center',
       fontweight='bold',
       annotation_clip=False,
-      arrowprops={'arrowstyle': '-', 'color': colour, 'lw': 0.7, 'alpha': 0.7},
+      arrowprops={
+        'arrowstyle': '-',
+        'color': colour,
+        'lw': 0.7,
+        'alpha': 0.7,
+        'relpos': (0, 0.5),
+      },
     )
 
 
 def _spread(
   wanted: Sequence[float], step: float, low: float, high: float
 ) -> np.ndarray:
-  """Positions near `wanted`, at least `step` apart, inside [low, high]."""
+  """Positions nearest to `wanted` (least squares), `step` apart or more."""
   order = np.argsort(wanted)
-  places = np.array(wanted, float)[order]
-  for i in range(1, len(places)):
-    places[i] = max(places[i], places[i - 1] + step)
-  places -= max(places[-1] - high, 0)
-  places[0] = max(places[0], low)
-  for i in range(1, len(places)):
-    places[i] = max(places[i], places[i - 1] + step)
-  out = np.empty_like(places)
-  out[order] = places
-  return out
-
-
-def heatmap(
-  matrix: ArrayLike, tasks: Sequence[str], *, title: str = ''
-) -> Picture:
-  """One accuracy matrix [T, T] in percent; NaN cells stay empty."""
-  with matplotlib.rc_context(_STYLE):
-    side = 1.6 + 0.55 * len(tasks)
-    figure = Figure((side + 0.4, side), layout='constrained')
-    _draw_matrix(figure.add_subplot(), matrix, tasks, title, rows=True)
-    return _picture(figure, _matrix_alt({title or 'stream': matrix}))
-
-
-def _matrix_alt(matrices: Mapping[str, ArrayLike]) -> str:
-  parts = []
-  for name, matrix in matrices.items():
-    last = np.asarray(matrix, float)[-1]
-    parts.append(f'{name} ' + ', '.join(f'{100 * v:.0f}' for v in last))
-  return 'Accuracy per task in percent after the last task: ' + '; '.join(parts)
-
-
-def _draw_matrix(axes: Axes, matrix, tasks, title, rows: bool) -> None:
-  shown = 100 * np.asarray(matrix, float)
-  if shown.shape != (len(tasks), len(tasks)):
-    raise UsageError(
-      f'matrix {title!r} has shape {shown.shape} for {len(tasks)} tasks; '
-      'give [T, T]'
-    )
-  axes.imshow(shown, cmap='cividis', vmin=0, vmax=100, aspect='equal')
-  axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha='right', fontsize=8)
-  labels = [f'after {task}' for task in tasks] if rows else [''] * len(tasks)
-  axes.set_yticks(range(len(tasks)), labels, fontsize=8)
-  axes.tick_params(length=0)
-  axes.spines[:].set_visible(False)
-  axes.set_title(title, fontsize=10)
-  if len(tasks) > 8:
-    return  # the numbers would touch
-  for (i, j), value in np.ndenumerate(shown):
-    if np.isfinite(value):
-      colour = 'black' if value > 55 else 'white'
-      axes.text(
-        j, i, f'{value:.0f}', ha='center', va='center', fontsize=8, color=colour
-      )
-
-
-def stream(
-  rows: Sequence[Any],
-  matrices: Mapping[str, ArrayLike],
-  tasks: Sequence[str],
-  *,
-  metric: str = 'average accuracy',
-) -> Picture:
-  """Average accuracy and forgetting per method above accuracy matrices.
-
-  Args:
-    rows: `Row`s; `more['forgetting']` is drawn where it is a number.
-    matrices: title -> [T, T], at most four are readable.
-    tasks: names of the T tasks in order.
-    metric: label of `Row.value`.
-  """
-  with matplotlib.rc_context(_STYLE):
-    top = 0.9 + 0.42 * len(rows)
-    bottom = 3.0 if matrices else 0.0
-    figure = Figure((_WIDTH, top + bottom), layout='constrained')
-    parts = figure.subfigures(
-      2 if matrices else 1,
-      1,
-      squeeze=False,
-      height_ratios=[top, bottom] if matrices else [1],
-    )[:, 0]
-    left, right = parts[0].subplots(1, 2, sharey=True)
-    _draw_bars(left, rows, [row.value for row in rows], metric)
-    lost = [row.more.get('forgetting') for row in rows]
-    _draw_bars(right, rows, lost, 'forgetting', ends=False)
-    if matrices:
-      grid = parts[1].subplots(1, len(matrices), squeeze=False)[0]
-      for i, (name, matrix) in enumerate(matrices.items()):
-        _draw_matrix(grid[i], matrix, tasks, name, rows=i == 0)
-    alt = f'{_bars_alt(rows, metric)} {_matrix_alt(matrices)}'
-    return _picture(figure, alt)
+  ladder = step * np.arange(len(order))
+  near = scipy.optimize.isotonic_regression(np.array(wanted)[order] - ladder).x
+  near = np.clip(near, low, max(high - ladder[-1], low))
+  places = np.empty(len(order))
+  places[order] = near + ladder
+  return places

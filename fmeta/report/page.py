@@ -179,7 +179,7 @@ def _cells(
     mark = 'real' if text.excludes_zero(row.difference) else ''
   trained = '' if row.trainable is None else f'{row.trainable:,}'
   if trained and panel.total and not row.baseline and row.trainable:
-    trained += f' ({row.trainable / panel.total:.2%})'
+    trained += f' ({100 * row.trainable / panel.total:.3g}%)'
   return [
     ('', row.name + (' (upper bound)' if row.ceiling else '')),
     ('left', row.setting),

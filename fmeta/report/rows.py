@@ -1,10 +1,12 @@
 """Rows, panels, and what they say as plain text."""
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from fmeta.errors import UsageError
-from fmeta.report.figures import Picture
+from fmeta.report.figures import count
+from fmeta.report.style import Picture
 
 _WIDTH = 100  # columns of a terminal table, at most
 
@@ -99,17 +101,6 @@ def more_columns(panel: Panel) -> list[str]:
   return list(dict.fromkeys(name for row in panel.rows for name in row.more))
 
 
-def count(number: int | None) -> str:
-  """22713216 -> '22.7M'; empty for None."""
-  if number is None:
-    return ''
-  for unit, size in (('M', 1_000_000), ('K', 1_000)):
-    if number >= size:
-      scaled = number / size
-      return f'{scaled:.0f}{unit}' if scaled >= 100 else f'{scaled:.1f}{unit}'
-  return str(number)
-
-
 def duration(value: float | None) -> str:
   """Seconds with as many digits as they deserve; empty for None."""
   if value is None:
@@ -138,9 +129,11 @@ def answer(panel: Panel) -> str:
   baselines = [r for r in panel.rows if r.baseline and r is not top]
   if baselines:
     rival = max(baselines, key=lambda row: row.value)
-    ahead = ' and is ahead' if rival.value > top.value else ''
+    clause = f'the best baseline, {rival.name}, reaches {percent(rival.value)}%'
+    if top.name == panel.reference:
+      clause += _compared(rival, panel)
     clauses.append(
-      f'the best baseline, {rival.name}, reaches {percent(rival.value)}%{ahead}'
+      clause + (' and is ahead' if rival.value > top.value else '')
     )
   clauses += [
     f'{row.name}, the upper bound, reaches {percent(row.value)}%'
@@ -174,12 +167,40 @@ def terminal_table(panel: Panel) -> str:
   `^` an upper bound.
   """
   columns = _columns(panel)
-  natural = [max(map(len, column)) for column in columns]
-  widths = _fit(natural, _WIDTH - 2 * (len(columns) - 1))
-  lines = [_line(cells, widths) for cells in zip(*columns, strict=True)]
-  rule = '-' * max(map(len, lines))
-  head = f'{panel.title}: {panel.question}'
-  return '\n'.join([_cut(head, _WIDTH), lines[0], rule, *lines[1:], rule])
+  settings = columns.pop(1)
+  room = _WIDTH - sum(map(_natural, columns)) - 2 * len(columns)
+  below = []
+  if room >= _natural(settings):
+    columns.insert(1, settings)
+  else:
+    below = [f'  {r.name}: {r.setting}' for r in panel.rows if r.setting]
+  left = 1 if below else 2
+  widths = _fit(columns)
+  heads = zip(*(_two_lines(column[0]) for column in columns), strict=True)
+  cells = zip(*(column[1:] for column in columns), strict=True)
+  rule = '-' * (sum(widths) + 2 * (len(widths) - 1))
+  title = _wrap(f'{panel.title}: {panel.question}')
+  top = [_line(head, widths, left) for head in heads]
+  body = [_line(row, widths, left) for row in cells]
+  below = [line for text in below for line in _wrap(text)]
+  return '\n'.join([*title, *filter(None, top), rule, *body, rule, *below])
+
+
+def _natural(column: Sequence[str]) -> int:
+  return max(map(len, [*_two_lines(column[0]), *column[1:]]))
+
+
+def _wrap(text: str) -> list[str]:
+  return textwrap.wrap(text, _WIDTH, subsequent_indent='    ')
+
+
+def _two_lines(head: str) -> tuple[str, str]:
+  """Splits at the space nearest to the middle, if it is long."""
+  spaces = [i for i, letter in enumerate(head) if letter == ' ' and i > 1]
+  if len(head) <= 10 or not spaces:
+    return '', head
+  middle = min(spaces, key=lambda i: abs(2 * i - len(head)))
+  return head[:middle], head[middle + 1 :]
 
 
 def _columns(panel: Panel) -> list[list[str]]:
@@ -188,18 +209,19 @@ def _columns(panel: Panel) -> list[list[str]]:
   columns = [
     ['  method', *(f'{_mark(row)} {row.name}' for row in rows)],
     ['setting', *(row.setting for row in rows)],
-    [panel.metric + ' %', *(percent(row.value) for row in rows)],
+    [f'{panel.metric} (%)', *(percent(row.value) for row in rows)],
     ['95% CI', *(interval(row.ci95) for row in rows)],
   ]
   for name in more_columns(panel):
-    columns.append([name + ' %', *(percent(r.more.get(name)) for r in rows)])
-  versus = f'vs {_cut(panel.reference or "", 19)}'
+    columns.append([f'{name} (%)', *(percent(r.more.get(name)) for r in rows)])
+  versus = f'minus {_cut(panel.reference or "", 22)}'
   columns += [
     [versus, *map(_difference, rows)],
     ['trained', *(count(row.trainable) for row in rows)],
     ['sec', *(duration(row.seconds) for row in rows)],
   ]
-  return [column for column in columns if any(column[1:])]
+  # The second, the setting, always stands: the caller takes it out.
+  return [c for i, c in enumerate(columns) if i == 1 or any(c[1:])]
 
 
 def _mark(row: Row) -> str:
@@ -218,21 +240,29 @@ def _cut(text: str, width: int) -> str:
   return text if len(text) <= width else text[: max(width - 2, 0)] + '..'
 
 
-def _fit(widths: list[int], room: int) -> list[int]:
-  """Narrows the setting, then the name, then whatever is widest."""
-  widths = list(widths)
-  for column, least in ((1, 8), (0, 14)):
-    over = sum(widths) - room
-    widths[column] -= min(max(over, 0), max(widths[column] - least, 0))
-  while sum(widths) > room:
-    widths[widths.index(max(widths))] -= 1
+def _fit(columns: Sequence[Sequence[str]]) -> list[int]:
+  """Widths that fit the screen: names are cut if need be, numbers never.
+
+  Raises:
+    UsageError: if the numbers alone do not fit.
+  """
+  widths = [_natural(column) for column in columns]
+  over = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
+  widths[0] -= min(max(over, 0), max(widths[0] - 12, 0))
+  if sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
+    raise UsageError(
+      f'a table of {len(widths)} columns needs more than {_WIDTH} characters; '
+      'give fewer extra columns in Row.more'
+    )
   return widths
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _line(cells: Sequence[str], widths: Sequence[int], left: int) -> str:
   """Text columns to the left, numbers to the right."""
   shown = [
-    _cut(cell, width).ljust(width) if i < 2 else _cut(cell, width).rjust(width)
+    _cut(cell, width).ljust(width)
+    if i < left
+    else _cut(cell, width).rjust(width)
     for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
   ]
   return '  '.join(shown).rstrip()
