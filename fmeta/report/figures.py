@@ -245,7 +245,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple]) -> None:
       (x, y),
       xytext=(right + 0.03 * (right - axes.get_xlim()[0]), place),
       textcoords='data',
-      color=colour,
+      color=style.darker(colour),
       va='center',
       fontweight='bold',
       annotation_clip=False,

@@ -37,8 +37,11 @@ caption { text-align: left; color: #57606a; font-size: 13px;
   padding-bottom: 6px; }
 th, td { padding: 6px 10px; text-align: right; vertical-align: top;
   border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
-thead th { border-bottom: 2px solid #8b949e; vertical-align: bottom; }
-th:first-child, td.left { text-align: left; white-space: normal; }
+thead th { border-bottom: 2px solid #8b949e; vertical-align: bottom;
+  white-space: normal; }
+thead th:nth-child(2) { text-align: left; }
+th:first-child, td.left { text-align: left; white-space: normal;
+  overflow-wrap: anywhere; min-width: 7em; }
 tbody th { font-weight: 600; }
 tr.baseline th, tr.baseline td { color: #57606a; font-weight: 400; }
 tr.best td.value { font-weight: 700; }

@@ -12,6 +12,7 @@ import io
 from typing import Any
 
 import matplotlib
+import matplotlib.colors
 from matplotlib.figure import Figure
 
 _DPI = 200  # two device pixels per CSS pixel: sharp on screen and on paper
@@ -34,6 +35,8 @@ _RULES: Any = {
   'xtick.color': INK,
   'ytick.color': INK,
   'figure.facecolor': 'white',
+  'figure.constrained_layout.w_pad': 0.1,
+  'figure.constrained_layout.h_pad': 0.1,
 }
 
 
@@ -49,6 +52,11 @@ class Picture:
 def house() -> contextlib.AbstractContextManager:
   """Draws in the house style; the caller's own rules return afterwards."""
   return matplotlib.rc_context(_RULES)
+
+
+def darker(colour: str) -> tuple[float, ...]:
+  """A colour for text: the palette's light ones are faint on white."""
+  return tuple(0.72 * part for part in matplotlib.colors.to_rgb(colour))
 
 
 def picture(figure: Figure, alt: str) -> Picture:
