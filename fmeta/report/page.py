@@ -39,8 +39,7 @@ th, td { padding: 6px 10px; text-align: right; vertical-align: top;
   border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
 thead th { border-bottom: 2px solid #8b949e; vertical-align: bottom;
   white-space: normal; }
-thead th:nth-child(2) { text-align: left; }
-th:first-child, td.left { text-align: left; white-space: normal;
+th:first-child, th.left, td.left { text-align: left; white-space: normal;
   overflow-wrap: anywhere; min-width: 7em; }
 tbody th { font-weight: 600; }
 tr.baseline th, tr.baseline td { color: #57606a; font-weight: 400; }
@@ -153,7 +152,10 @@ def _table(panel: Panel) -> str:
   ]
   lines = [_cells(panel, row, more) for row in panel.rows]
   kept = [i for i in range(len(heads)) if any(line[i][1] for line in lines)]
-  head = ''.join(f'<th scope="col">{_safe(heads[i])}</th>' for i in kept)
+  head = ''.join(
+    f'<th scope="col"{_class("left" if i == 1 else "")}>{_safe(heads[i])}</th>'
+    for i in kept
+  )
   best = text.best(panel)
   body = ''.join(
     _table_row(row, [line[i] for i in kept], row is best)

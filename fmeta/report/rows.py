@@ -40,6 +40,13 @@ class Row:
   difference: tuple[float, float, float] | None = None
   more: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
+  def __post_init__(self):
+    # Also catches NaN, which compares false.
+    if not -1 <= self.value <= 1:
+      raise UsageError(
+        f'row {self.name!r} has value {self.value}; give a share in [0, 1]'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
