@@ -5,6 +5,7 @@ import sklearn.metrics
 
 from fmeta import metrics
 from fmeta.errors import UsageError
+from fmeta.metrics import intervals
 
 NAN = np.nan
 STREAM = np.array([[0.90, NAN, NAN], [0.95, 0.80, NAN], [0.70, 0.85, 0.90]])
@@ -104,21 +105,21 @@ def test_bootstrap_equals_gathering_the_drawn_groups_one_by_one():
   rng = np.random.default_rng(5)
   groups = rng.integers(0, 6, 40)
   values = rng.random(40)
-  sums, sizes = metrics._group_totals(values, groups)
+  sums, sizes = intervals._group_totals(values, groups)
   counts = np.random.default_rng(7).multinomial(6, np.full(6, 1 / 6), size=50)
   expected = []
   for row in counts:
     drawn = [values[groups == g] for g in range(6) for _ in range(row[g])]
     expected.append(np.concatenate(drawn).mean())
   np.testing.assert_allclose(
-    metrics._resampled_means(sums, sizes, 7, 50), expected, rtol=1e-12
+    intervals._resampled_means(sums, sizes, 7, 50), expected, rtol=1e-12
   )
 
 
 def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
   values, groups = np.arange(30.0), np.arange(30) // 3
   whole = metrics.bootstrap_ci(values, groups, num_resamples=500)
-  monkeypatch.setattr(metrics, '_COUNTS_PER_CHUNK', 70)
+  monkeypatch.setattr(intervals, '_COUNTS_PER_CHUNK', 70)
   assert metrics.bootstrap_ci(values, groups, num_resamples=500) == whole
 
 
