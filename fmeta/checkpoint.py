@@ -1,0 +1,187 @@
+"""Checkpoints through Orbax; the only module that knows it.
+
+A checkpoint is a folder `steps/<step>` with
+
+  state   the train state without frozen leaves, {name: array}
+  best    the best trainable leaves and model state so far, {name: array}
+
+and small JSON in its metadata: position, seed, patience, accuracy matrix.
+`frozen/<fingerprint>` holds frozen leaves, once per distinct content. Arrays
+are stored by name, so a checkpoint can be read without the code that made it,
+and restored onto any number of devices. Orbax writes into a temporary folder
+and renames it, so a process killed during a save leaves the previous
+checkpoint as the last one.
+
+Uses `orbax.checkpoint.v1`, the announced API (2026-11).
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmeta import tree
+from fmeta.errors import UsageError
+
+Named = dict[str, jax.Array]
+
+
+def by_name(arrays: Any) -> Named:
+  """A tree's leaves by name."""
+  return dict(zip(tree.names(arrays), jax.tree.leaves(arrays), strict=True))
+
+
+def like(target: Any, named: Mapping[str, Any]) -> Any:
+  """The tree shaped like `target` with leaves from `named`."""
+  return tree.map_with_name(lambda name, _: named[name], target)
+
+
+def _host(x: jax.Array) -> np.ndarray:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)
+
+
+def digests(arrays: Any) -> dict[str, str]:
+  """sha256 of every leaf's dtype, shape and bytes, by name."""
+
+  def digest(x):
+    x = _host(x)
+    head = f'{x.dtype.name}{x.shape}'.encode()
+    return hashlib.sha256(head + np.ascontiguousarray(x).tobytes()).hexdigest()
+
+  return {name: digest(leaf) for name, leaf in by_name(arrays).items()}
+
+
+def fingerprint(of: Mapping[str, str]) -> str:
+  """One sha256 over the names and digests of `digests`."""
+  lines = ''.join(f'{name} {of[name]}\n' for name in sorted(of))
+  return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _describe(leaf: Any) -> str:
+  if leaf is None:
+    return 'absent'
+  return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+
+
+def require_same(saved: Mapping, wanted: Mapping, where: object) -> None:
+  """Refuses a checkpoint of another model or tuning.
+
+  Raises:
+    UsageError: naming the first leaf whose shape or dtype differs.
+  """
+  for name in [*wanted, *(n for n in saved if n not in wanted)]:
+    there, here = _describe(saved.get(name)), _describe(wanted.get(name))
+    if there != here:
+      raise UsageError(
+        f'{where} is of another model, tuning or optimizer: {name!r} is '
+        f'{there} there and {here} here; use the settings it was made with, '
+        'or another workdir'
+      )
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Args:
+    folder: made if needed.
+    keep: how many of the latest are kept.
+  """
+
+  def __init__(self, folder: pathlib.Path, keep: int = 2):
+    from orbax.checkpoint import v1 as ocp
+
+    self._ocp = ocp
+    self.folder = pathlib.Path(folder).absolute()
+    policies = ocp.training.preservation_policies
+    self._steps = ocp.training.Checkpointer(
+      self.folder / 'steps',
+      preservation_policy=policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  def latest(self) -> int | None:
+    """The last committed step."""
+    latest = self._steps.latest
+    return None if latest is None else latest.step
+
+  def path(self, step: int) -> pathlib.Path:
+    """Where a step's checkpoint is."""
+    return self.folder / 'steps' / str(step)
+
+  def save(self, step: int, state: Any, host: dict, best: Any = None) -> None:
+    """Starts a save; it returns when the arrays may be donated."""
+    items = {'state': by_name(state)}
+    if best is not None:
+      items['best'] = by_name(best)
+    self._steps.save_checkpointables_async(
+      step, items, force=True, custom_metadata=host
+    )
+
+  def host(self, step: int) -> dict:
+    """The JSON of a checkpoint."""
+    return self._steps.checkpointables_metadata(step).custom_metadata
+
+  def restore(self, step: int, state: Any, best: Any) -> tuple[Any, Any]:
+    """Loads onto the shardings of `state` and `best`.
+
+    Returns:
+      The state, and the best leaves or None if none were saved.
+
+    Raises:
+      UsageError: if a leaf is missing, superfluous or of another shape.
+    """
+    metadata = self._steps.checkpointables_metadata(step).metadata
+    wanted = {'state': by_name(state)}
+    if 'best' in metadata:
+      wanted['best'] = by_name(best)
+    for item, leaves in wanted.items():
+      require_same(metadata[item], leaves, f'checkpoint {self.path(step)}')
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      wanted,
+    )
+    found = self._steps.load_checkpointables(step, abstract)
+    loaded = like(state, found['state'])
+    return loaded, like(best, found['best']) if 'best' in found else None
+
+  def save_frozen(self, frozen: Any, of: Mapping[str, str]) -> None:
+    """Writes frozen leaves unless they are there; `of` are their digests."""
+    folder = self.folder / 'frozen' / fingerprint(of)
+    if of and not folder.exists():
+      self._ocp.save_checkpointables(
+        folder, {'leaves': by_name(frozen)}, custom_metadata=dict(of)
+      )
+
+  def require_frozen(self, saved: str, of: Mapping[str, str]) -> None:
+    """Refuses other frozen values than those of fingerprint `saved`.
+
+    Raises:
+      UsageError: naming the first leaf that differs.
+    """
+    if fingerprint(of) == saved:
+      return
+    folder = self.folder / 'frozen' / saved
+    there = {}
+    if folder.exists():
+      there = self._ocp.checkpointables_metadata(folder).custom_metadata
+    names = [*of, *(name for name in there if name not in of)]
+    first = next((n for n in names if of.get(n) != there.get(n)), '')
+    raise UsageError(
+      f'checkpoint {self.folder} has other frozen parameters: {first!r} '
+      'differs; start from the same pre-trained model, or use another workdir'
+    )
+
+  def wait(self) -> None:
+    """Waits until the last save is committed."""
+    self._steps.wait()
+
+  def close(self) -> None:
+    """Waits and closes."""
+    self._steps.close()

@@ -1,0 +1,141 @@
+"""Several steps per call of the device, without changing any of them.
+
+Consecutive batches of equal shapes are stacked and scanned by `adapt` inside
+one jitted program. Moving leaves are donated; frozen ones are an argument of
+their own, so they are neither copied nor carried.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmeta.data import prefetch
+from fmeta.learner import adapt
+from fmeta.types import Array, Batch, Learner, Params, TrainState
+
+Signature = tuple  # (tree structure, shapes and dtypes) of a batch
+
+
+def signature(batch: Batch) -> Signature:
+  """What decides whether two batches can share a program."""
+  leaves, structure = jax.tree.flatten(batch)
+  arrays = [np.asarray(leaf) for leaf in leaves]
+  return structure, tuple((x.shape, x.dtype.str) for x in arrays)
+
+
+def chunks(
+  batches: Callable[[int], Batch],
+  start: int,
+  stop: int,
+  limit: Callable[[int], int],
+) -> Iterator[tuple[int, Batch]]:
+  """Yields (n, n consecutive batches stacked [n, ...]), read ahead by Grain.
+
+  Args:
+    batches: `i -> batch`, pure.
+    start: first index.
+    stop: one past the last index.
+    limit: `index -> n`, how many batches the chunk from `index` may hold; a
+      change of shapes ends it earlier.
+  """
+  held, index = [], start
+  with closing(prefetch(batches, start, stop)) as source:
+    for batch in source:
+      batch = jax.tree.map(np.asarray, dict(batch))
+      if held and signature(batch) != signature(held[0]):
+        yield len(held), _stack(held)
+        index, held = index + len(held), []
+      held.append(batch)
+      if len(held) == limit(index):
+        yield len(held), _stack(held)
+        index, held = index + len(held), []
+  if held:
+    yield len(held), _stack(held)
+
+
+def _stack(held: list[Batch]) -> Batch:
+  if len(held) == 1:
+    return jax.tree.map(lambda x: x[None], held[0])
+  return jax.tree.map(lambda *xs: np.stack(xs), *held)
+
+
+class Program:
+  """Compiled chunks of `learner.step`, one per (length, batch shapes).
+
+  Attributes:
+    traces: how many chunks were traced and compiled.
+    compile_seconds: host time spent doing so.
+    flops_per_step: XLA's count for one step. A loop's body is counted once,
+      so steps with loops of their own (MAML's inner steps) cost more. None
+      before the first chunk.
+    peak_bytes: arguments, outputs and temporaries of the largest chunk.
+  """
+
+  def __init__(self, learner: Learner):
+    self.traces = 0
+    self.compile_seconds = 0.0
+    self.flops_per_step: float | None = None
+    self.peak_bytes: int | None = None
+    self._learner = learner
+    self._compiled: dict[Signature, Callable[..., Any]] = {}
+
+  def __call__(
+    self, moving: TrainState, frozen: Params, batches: Batch, rng: Array
+  ) -> tuple[TrainState, dict[str, Array]]:
+    """Steps through the stacked batches.
+
+    Args:
+      moving: the state without its frozen leaves; donated.
+      frozen: the frozen leaves.
+      batches: stacked [steps, ...] arrays.
+      rng: the root key.
+
+    Returns:
+      The new moving state and the metrics [steps] of each step.
+    """
+    leaves, structure = jax.tree.flatten(batches)
+    key = structure, tuple((x.shape, x.dtype.name) for x in leaves)
+    if key not in self._compiled:
+      self._compiled[key] = self._compile(moving, frozen, batches, rng)
+    return self._compiled[key](moving, frozen, batches, rng)
+
+  def _compile(self, moving, frozen, batches, rng):
+    began = time.perf_counter()
+    num_steps = jax.tree.leaves(batches)[0].shape[0]
+
+    def run(moving, frozen, batches, rng):
+      self.traces += 1
+      state, metrics = adapt(
+        self._learner,
+        moving.replace(frozen=frozen),
+        lambda i: jax.tree.map(lambda x: x[i], batches),
+        rng,
+        num_steps=num_steps,
+      )
+      return state.replace(frozen={}), metrics
+
+    # The next call must find the state where this one found it.
+    where = jax.tree.map(lambda x: x.sharding, moving)
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=(where, None))
+    compiled = jitted.lower(moving, frozen, batches, rng).compile()
+    self._measure(compiled)
+    self.compile_seconds += time.perf_counter() - began
+    return compiled
+
+  def _measure(self, compiled) -> None:
+    costs = compiled.cost_analysis() or {}
+    if self.flops_per_step is None:
+      self.flops_per_step = costs.get('flops')
+    memory = compiled.memory_analysis()
+    if memory is not None:
+      peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+      )
+      self.peak_bytes = max(peak, self.peak_bytes or 0)

@@ -1,0 +1,396 @@
+"""The loop behind `fmeta.train.fit`.
+
+Its state is three things: the moving leaves on the device, the frozen leaves,
+and `Progress`, a few numbers on the host. Metrics of a dispatch are fetched
+after the next one has been started, so the device does not wait for the host.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmeta.dispatch import Program, chunks
+from fmeta.errors import UsageError
+from fmeta.log import Live, Metrics, step_record
+from fmeta.saver import Saver
+from fmeta.stopping import Best, Monitor
+from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
+
+# Beside the streams of `fmeta.learner`, folded into the step's key.
+END_TASK = 4
+SIGTERM_STATUS = 143  # 128 + 15, what a shell reports
+
+
+class Stage(NamedTuple):
+  """A task of a stream; plain training is one stage.
+
+  Attributes:
+    name: appears in the log.
+    batches: `i -> batch`, pure; i counts from the stage's start.
+    num_steps: at least 1.
+    remember: what `learner.end_task` consolidates on; nothing: no
+      consolidation.
+  """
+
+  name: str
+  batches: Callable[[int], Batch]
+  num_steps: int
+  remember: Sequence[Batch] = ()
+
+
+class Fitted(NamedTuple):
+  """What `fit` returns.
+
+  Attributes:
+    state: the last state; with `restore_best`, its trainable leaves and model
+      state are those of the best evaluation.
+    params: the merged parameters of `state`.
+    history: a dict of floats per logged step (`step`, `stage`, `loss`, ...),
+      those of before a resume included.
+    evaluations: `{'step', 'stage', 'evaluation': {name: value}}` each.
+    matrix: row i is what `after_stage` gave after stage i.
+    steps: value of `state.step`.
+    examples_per_second: rows of the leading batch axis per second (episodes:
+      tasks), without compilation, evaluations and saves; 0 if no step ran.
+    stopped_early: whether patience ended the last stage.
+    best_step: step of the last stage's best evaluation.
+    flops_per_step: see `Program`.
+    peak_bytes: see `Program`.
+    traces: programs compiled.
+  """
+
+  state: TrainState
+  params: Params
+  history: list[dict[str, Any]]
+  evaluations: list[dict[str, Any]]
+  matrix: list[list[float]]
+  steps: int
+  examples_per_second: float
+  stopped_early: bool
+  best_step: int | None
+  flops_per_step: float | None
+  peak_bytes: int | None
+  traces: int
+
+
+class Diverged(UsageError):
+  """A loss or an update is not finite; no checkpoint has been overwritten."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The arguments of `fit` that the loop reads."""
+
+  forward: Forward | None
+  evaluate: Callable[[Params, Any], Mapping[str, float]] | None
+  evaluate_every: int
+  monitor: Monitor
+  restore_best: bool
+  after_stage: Callable[[Params, Any, int], Sequence[float]] | None
+  checkpoint_every: int
+  steps_per_dispatch: int
+  log_every: int
+  place_batches: Callable[[Batch], Batch]
+
+  def check(self, stages: Sequence[Stage]) -> None:
+    """Refuses settings that contradict each other.
+
+    Raises:
+      UsageError: naming the first that does.
+    """
+    if not stages:
+      raise UsageError('fit was given no stages; give at least one')
+    for name in ('steps_per_dispatch', 'log_every'):
+      if getattr(self, name) < 1:
+        raise UsageError(f'{name}={getattr(self, name)}; give at least 1')
+    for stage in stages:
+      if stage.num_steps < 1:
+        raise UsageError(
+          f'stage {stage.name!r} has num_steps={stage.num_steps}; give >= 1'
+        )
+      if stage.remember and self.forward is None:
+        raise UsageError(
+          f'stage {stage.name!r} remembers batches; give `forward` to '
+          'consolidate with'
+        )
+    if self.evaluate is None and self.restore_best:
+      raise UsageError('restore_best needs `evaluate`')
+    if self.monitor.patience is not None and not (
+      self.evaluate and self.evaluate_every
+    ):
+      raise UsageError('patience needs `evaluate` and evaluate_every >= 1')
+
+
+@dataclasses.dataclass
+class Progress:
+  """Where the loop is; saved as JSON beside the state."""
+
+  step: int
+  stage: int = 0
+  index: int = 0
+  best: Best = dataclasses.field(default_factory=Best)
+  stopped_early: bool = False
+  matrix: list[list[float]] = dataclasses.field(default_factory=list)
+
+  @classmethod
+  def from_json(cls, json: dict) -> 'Progress':
+    """The inverse of `dataclasses.asdict`."""
+    return cls(**{**json, 'best': Best(**json['best'])})
+
+
+class Loop:
+  """One run of `fit`; see there."""
+
+  moving: TrainState
+  frozen: Params
+  progress: Progress
+  metrics: Metrics
+  live: Live
+  saver: Saver | None = None
+
+  def __init__(
+    self,
+    learner: Learner,
+    stages: Sequence[Stage],
+    rng: Array,
+    settings: Settings,
+  ):
+    self.learner, self.stages, self.rng = learner, stages, rng
+    self.settings = settings
+    self.program = Program(learner)
+    self.kept: Any = None  # the best trainable leaves and model state
+    self.told_to_stop = False
+    self.pending: tuple[int, dict[str, Array]] | None = None
+    self.seconds, self.examples = 0.0, 0
+    # Two sharded programs in flight on one CPU can wait for each other
+    # forever, so there each dispatch is awaited.
+    cpu = jax.default_backend() == 'cpu'
+    self.wait = cpu and jax.device_count() > 1
+
+  def start(self, state: TrainState) -> None:
+    """Takes a copy of the state: what moves will be donated."""
+    self.frozen = state.frozen
+    self.moving = _own(state.replace(frozen={}))
+    self.progress = Progress(int(state.step))
+
+  def restore(self) -> None:
+    """Continues from the last checkpoint, if there is one."""
+    assert self.saver is not None
+    found = self.saver.restore(self.moving, self._leaves())
+    if found is not None:
+      moving, self.kept, progress = found
+      self.moving = _own(moving)
+      self.progress = Progress.from_json(progress)
+
+  def terminate(self) -> None:
+    """Asks for a save and an end after the current dispatch."""
+    self.told_to_stop = True
+
+  def last_step(self) -> int:
+    """`state.step` at the end, unless a stage stops early."""
+    left = sum(s.num_steps for s in self.stages[self.progress.stage :])
+    return self.progress.step + left - self.progress.index
+
+  def run(self) -> Fitted:
+    """All stages that are left."""
+    while self.progress.stage < len(self.stages):
+      self._run_stage(self.stages[self.progress.stage])
+    state = self._state()
+    records = self.metrics.records
+    return Fitted(
+      state=state,
+      params=self.learner.params(state),
+      history=[r for r in records if 'evaluation' not in r],
+      evaluations=[r for r in records if 'evaluation' in r],
+      matrix=self.progress.matrix,
+      steps=self.progress.step,
+      examples_per_second=self._rate(),
+      stopped_early=self.progress.stopped_early,
+      best_step=self.progress.best.step,
+      flops_per_step=self.program.flops_per_step,
+      peak_bytes=self.program.peak_bytes,
+      traces=self.program.traces,
+    )
+
+  def _run_stage(self, stage: Stage) -> None:
+    progress = self.progress
+    if progress.index == 0:
+      progress.best, progress.stopped_early = Best(), False
+      self.kept = None
+    source = chunks(stage.batches, progress.index, stage.num_steps, self._limit)
+    with closing(source):
+      began = time.perf_counter()
+      for length, batches in source:
+        self._dispatch(length, batches, began)
+        ended = self._after_dispatch(stage)
+        if ended:
+          return
+        began = time.perf_counter()
+
+  def _limit(self, index: int) -> int:
+    """Steps from `index` to where something else has to happen."""
+    settings = self.settings
+    limit = settings.steps_per_dispatch
+    for every in (self._evaluate_every(), settings.checkpoint_every):
+      if every:
+        limit = min(limit, every - index % every)
+    return limit
+
+  def _evaluate_every(self) -> int:
+    return self.settings.evaluate_every if self.settings.evaluate else 0
+
+  def _dispatch(self, length: int, batches: Batch, began: float) -> None:
+    compiled = self.program.compile_seconds
+    rows = jax.tree.leaves(batches)[0].shape[1]
+    self.moving, metrics = self.program(
+      self.moving,
+      self.frozen,
+      self.settings.place_batches(batches),
+      self.rng,
+    )
+    self._flush()
+    self.pending = (self.progress.step, metrics)
+    self.progress.step += length
+    self.progress.index += length
+    if self.wait or self._at_boundary():
+      self._flush()
+    compiled = self.program.compile_seconds - compiled
+    self.seconds += time.perf_counter() - began - compiled
+    self.examples += length * rows
+
+  def _at_boundary(self) -> bool:
+    return self.told_to_stop or self._due() or self._stage_is_over()
+
+  def _due(self) -> bool:
+    index = self.progress.index
+    every = (self._evaluate_every(), self.settings.checkpoint_every)
+    return any(n and index % n == 0 for n in every)
+
+  def _stage_is_over(self) -> bool:
+    stage = self.stages[self.progress.stage]
+    return self.progress.index >= stage.num_steps
+
+  def _after_dispatch(self, stage: Stage) -> bool:
+    """Evaluates, ends the stage and saves when due; True at its end."""
+    index, every = self.progress.index, self._evaluate_every()
+    over = self._stage_is_over()
+    if self.settings.evaluate and (over or (every and index % every == 0)):
+      self._evaluate(stage)
+      over = over or self.progress.stopped_early
+    if over:
+      self._end_stage(stage)
+    every = self.settings.checkpoint_every
+    if over or (every and index % every == 0) or self.told_to_stop:
+      self._flush()
+      self._save()
+    if self.told_to_stop:
+      raise SystemExit(SIGTERM_STATUS)
+    return over
+
+  def _evaluate(self, stage: Stage) -> None:
+    settings, progress = self.settings, self.progress
+    assert settings.evaluate is not None
+    state = self._state()
+    values = settings.evaluate(self.learner.params(state), state.model_state)
+    values = {name: float(value) for name, value in values.items()}
+    record = {'step': progress.step, 'stage': stage.name, 'evaluation': values}
+    self.metrics.write(record)
+    names = {f'evaluation/{name}': value for name, value in values.items()}
+    self.metrics.scalars(progress.step, names)
+    if settings.monitor.patience is None and not settings.restore_best:
+      return
+    value = settings.monitor.value(values)
+    if progress.best.update(settings.monitor, value, progress.step):
+      self.kept = _own(self._leaves()) if settings.restore_best else None
+    progress.stopped_early = progress.best.exhausted(settings.monitor)
+
+  def _end_stage(self, stage: Stage) -> None:
+    if self.kept is not None:
+      self.moving = self.moving.replace(**self.kept)
+      self.kept = None
+    state = self._state()
+    if stage.remember:
+      rng = jax.random.fold_in(self.rng, self.progress.step)
+      rng = jax.random.fold_in(rng, END_TASK)
+      state = self.learner.end_task(
+        state, self.settings.forward, stage.remember, rng
+      )
+      # What it remembers may be the very leaves that move on.
+      self.moving = self.moving.replace(penalty_state=_own(state.penalty_state))
+      state = self._state()
+    if self.settings.after_stage is not None:
+      row = self.settings.after_stage(
+        self.learner.params(state), state.model_state, self.progress.stage
+      )
+      self.progress.matrix.append([float(x) for x in row])
+    self.progress.stage, self.progress.index = self.progress.stage + 1, 0
+
+  def _save(self) -> None:
+    if self.saver is not None:
+      self.metrics.sync()
+      progress = dataclasses.asdict(self.progress)
+      self.saver.save(self.progress.step, self.moving, self.kept, progress)
+
+  def _flush(self) -> None:
+    """Fetches, checks and logs the metrics of the last dispatch."""
+    if self.pending is None:
+      return
+    first, device_metrics = self.pending
+    self.pending = None
+    fetched = jax.device_get(device_metrics)
+    self._require_finite(first, fetched)
+    stage = self.stages[self.progress.stage].name
+    length = len(fetched['loss'])
+    last = self.last_step()
+    for i in range(length):
+      step = first + i + 1
+      values = {name: column[i] for name, column in fetched.items()}
+      record = step_record(step, stage, values)
+      if step % self.settings.log_every == 0 or step == last:
+        self.metrics.write(record)
+      if i == length - 1:
+        self.metrics.scalars(step, record)
+        self.live.update(record, self._rate(), last=step == last)
+
+  def _require_finite(self, first: int, fetched: Mapping) -> None:
+    for name in ('loss', 'update_norm'):
+      bad = np.flatnonzero(~np.isfinite(fetched.get(name, np.zeros(1))))
+      if bad.size:
+        raise Diverged(
+          f'{name} is {fetched[name][bad[0]]} at step {first + bad[0] + 1}; '
+          f'{self._last_good()}; lower the learning rate or clip gradients'
+        )
+
+  def _last_good(self) -> str:
+    step = None if self.saver is None else self.saver.last_saved()
+    if self.saver is None or step is None:
+      return 'there is no checkpoint'
+    return f'last good checkpoint: {self.saver.path(step)}'
+
+  def _state(self) -> TrainState:
+    return self.moving.replace(frozen=self.frozen)
+
+  def _leaves(self) -> dict[str, Any]:
+    return {
+      'trainable': self.moving.trainable,
+      'model_state': self.moving.model_state,
+    }
+
+  def _rate(self) -> float:
+    return self.examples / self.seconds if self.seconds else 0.0
+
+
+def _own(leaves: Any) -> Any:
+  """A copy, strongly typed: `fit` donates it, and a buffer only once."""
+
+  def copy(x):
+    x = jnp.asarray(x)
+    return jnp.array(x, dtype=x.dtype, copy=True)
+
+  return jax.tree.map(copy, leaves)

@@ -1,0 +1,134 @@
+"""`fit`, the only training loop.
+
+It repeats `learner.step` and nothing else: plain training is one stage,
+meta-learning a learner whose batches are episodes, a continual stream several
+stages with a consolidation between them. What a step needs is in the train
+state, what the loop needs is a few numbers beside it; both are saved together,
+so a killed run continues bit by bit where it was.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+
+from fmeta.errors import UsageError
+from fmeta.log import Live, Metrics, refuse_used
+from fmeta.loop import Diverged, Fitted, Loop, Settings, Stage
+from fmeta.saver import Saver, on_sigterm
+from fmeta.stopping import Monitor
+from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
+
+__all__ = ['Diverged', 'Fitted', 'Stage', 'fit']
+
+
+def fit(
+  learner: Learner,
+  state: TrainState,
+  stages: Sequence[Stage],
+  rng: Array,
+  *,
+  forward: Forward | None = None,
+  evaluate: Callable[[Params, Any], Mapping[str, float]] | None = None,
+  evaluate_every: int = 0,
+  monitor: str = 'accuracy',
+  patience: int | None = None,
+  min_delta: float = 0.0,
+  restore_best: bool = False,
+  after_stage: Callable[[Params, Any, int], Sequence[float]] | None = None,
+  workdir: str | pathlib.Path | None = None,
+  checkpoint_every: int = 0,
+  keep: int = 2,
+  resume: bool = False,
+  steps_per_dispatch: int = 1,
+  log_every: int = 1,
+  place_state: Callable[[Any], Any] = jax.device_put,
+  place_batches: Callable[[Batch], Batch] = jax.device_put,
+  quiet: bool = False,
+) -> Fitted:
+  """Trains through the stages.
+
+  Results depend neither on `steps_per_dispatch` nor on where a run was killed
+  and resumed, bit by bit on the same devices. The order at a step is: log,
+  evaluate, and at a stage's end restore the best, consolidate and measure;
+  then save. With a workdir, SIGTERM finishes the current dispatch, saves and
+  raises `SystemExit(143)`.
+
+  Args:
+    learner: any learner; an outer one trains on episodes.
+    state: from `learner.init`; it is copied, so it stays valid.
+    stages: in order.
+    rng: typed root key; a resumed run needs the same.
+    forward: what `end_task` runs; needed when a stage remembers.
+    evaluate: `(params, model_state) -> {name: value}`, at the end of each
+      stage. Its arguments are donated afterwards: copy what you keep.
+    evaluate_every: also evaluate every so many steps of a stage; 0: only at
+      its end.
+    monitor: the number early stopping looks at, see `Monitor`.
+    patience: evaluations without improvement that end a stage.
+    min_delta: an improvement is larger than this.
+    restore_best: end a stage with the leaves of its best evaluation.
+    after_stage: `(params, model_state, stage number) -> row` of the matrix.
+    workdir: gets `metrics.jsonl`, TensorBoard events and `checkpoints/`; none:
+      nothing is written.
+    checkpoint_every: save every so many steps of a stage; 0: only at stage
+      ends.
+    keep: checkpoints kept; 2 leaves one if the last is damaged.
+    resume: continue from the last checkpoint of the workdir, if it has one.
+    steps_per_dispatch: steps in one call of the device. Evaluations, saves,
+      stage ends and changes of batch shape shorten a chunk; each length is
+      compiled once.
+    log_every: steps between records.
+    place_state: puts a tree of leaves on the devices.
+    place_batches: the same for stacked batches [steps, rows, ...].
+    quiet: no live line.
+
+  Raises:
+    UsageError: for settings that contradict each other, a used workdir without
+      `resume`, or a checkpoint of something else.
+    Diverged: at the first loss or update that is not finite.
+  """
+  settings = Settings(
+    forward=forward,
+    evaluate=evaluate,
+    evaluate_every=evaluate_every,
+    monitor=Monitor(monitor, patience, min_delta),
+    restore_best=restore_best,
+    after_stage=after_stage,
+    checkpoint_every=checkpoint_every if workdir is not None else 0,
+    steps_per_dispatch=steps_per_dispatch,
+    log_every=log_every,
+    place_batches=place_batches,
+  )
+  settings.check(stages)
+  with ExitStack() as stack:
+    loop = Loop(learner, stages, place_state(rng), settings)
+    loop.start(place_state(state))
+    folder = None
+    if workdir is not None:
+      folder = _make_workdir(pathlib.Path(workdir), resume)
+      stack.enter_context(on_sigterm(loop.terminate))
+      loop.saver = Saver(folder / 'checkpoints', keep, rng, stages, loop.frozen)
+      stack.callback(loop.saver.close)
+      loop.restore()
+    first = loop.progress.step
+    main = jax.process_index() == 0
+    loop.metrics = Metrics(folder, first, main)
+    stack.callback(loop.metrics.close)
+    loop.live = Live(first, loop.last_step(), quiet=quiet or not main)
+    return loop.run()
+
+
+def _make_workdir(workdir: pathlib.Path, resume: bool) -> pathlib.Path:
+  if not resume:
+    refuse_used(workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UsageError(
+      f'cannot make workdir {str(workdir)!r}: {error.strerror}; give a folder '
+      'that can be written'
+    ) from error
+  return workdir
