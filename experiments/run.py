@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
 from experiments import files
@@ -31,26 +31,15 @@ MAIN = 'experiments/docparams.py'
 _HOST_DEVICES = '--xla_force_host_platform_device_count'
 _MOST_HOST_DEVICES = 64  # More is a mistyped mesh, not a machine.
 
-# Flags of our own, not absl's global ones: theirs end bad input with exit 1.
-OPTIONS = flags.FlagValues()
-
-
-def _define() -> None:
-  own = {'flag_values': OPTIONS}
-  flags.DEFINE_string(
-    'config', None, 'the experiment file (experiments/docparams.py)', **own
-  )
-  flags.DEFINE_string(
-    'workdir', None, 'a new or empty folder (runs/<experiment>/<nnn>)', **own
-  )
-  flags.DEFINE_string('mesh', None, 'axis:size,... for example data:2', **own)
-  flags.DEFINE_string('data_dir', None, 'a local copy of the data', **own)
-  flags.DEFINE_bool('resume', False, 'continue the run in --workdir', **own)
-  flags.DEFINE_bool('list', False, 'name the experiment files', **own)
-  flags.DEFINE_bool('help', False, 'this, and the fields of --config', **own)
-
-
-_define()
+_HELP = {
+  'config': 'the experiment file (experiments/docparams.py)',
+  'workdir': 'a new or empty folder (runs/<experiment>/<nnn>)',
+  'mesh': 'axis:size,... for example data:2',
+  'data_dir': 'a local copy of the data',
+  'resume': 'continue the run in --workdir',
+  'list': 'name the experiment files',
+  'help': 'this, and with --config=FILE its fields',
+}
 
 
 class Job(NamedTuple):
@@ -60,6 +49,17 @@ class Job(NamedTuple):
   source: pathlib.Path
   module: ModuleType
   config: Any
+
+
+def _options() -> flags.FlagValues:
+  # Not absl's global flags: with theirs bad input ends in exit 1.
+  options = flags.FlagValues()
+  for name, words in _HELP.items():
+    if name in ('resume', 'list', 'help'):
+      flags.DEFINE_bool(name, False, words, flag_values=options)
+    else:
+      flags.DEFINE_string(name, None, words, flag_values=options)
+  return options
 
 
 def parse(argv: list[str]) -> tuple[flags.FlagValues, list[tuple]]:
@@ -77,18 +77,16 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[tuple]]:
       assignments.append((found[2], 'false'))
     else:
       assignments.append((found[2], found[3]))
-  OPTIONS.unparse_flags()
-  for name in OPTIONS:
-    OPTIONS[name].unparse()
+  options = _options()
   try:
-    words = OPTIONS(rest)[1:]
+    words = options(rest)[1:]
   except flags.Error as error:
     raise UsageError(str(error)) from error
   if words:
     raise UsageError(
       f'unexpected argument {words[0]!r}; settings are written --name=value'
     )
-  return OPTIONS, assignments
+  return options, assignments
 
 
 def prepare(options: flags.FlagValues, assignments: list[tuple]) -> Job:
@@ -215,10 +213,8 @@ def execute(options: flags.FlagValues, assignments: list[tuple]) -> None:
 def help_text(options: flags.FlagValues) -> str:
   """The flags, and the fields of the experiment if one is named."""
   lines = [(__doc__ or '').strip(), '']
-  for name in ('config', 'workdir', 'mesh', 'data_dir', 'resume', 'list'):
-    lines.append(f'  --{name:<9} {options[name].help}')
+  lines += [f'  --{name:<9} {words}' for name, words in _HELP.items()]
   if not options.config:
-    lines += ['', 'With --config=FILE, --help also lists its fields.']
     return '\n'.join(lines)
   module = files.load(files.find(options.config))
   lines += ['', f'{options.config}: {(module.__doc__ or "").strip()}', '']
@@ -229,6 +225,7 @@ def help_text(options: flags.FlagValues) -> str:
 
 def main(argv: list[str]) -> int:
   """Does what the command line says; returns the exit status."""
+  logging.set_verbosity(logging.WARNING)
   try:
     options, assignments = parse(argv)
     if options.help:
