@@ -1,0 +1,80 @@
+"""Experiment files: finding, importing and naming them."""
+
+import ast
+import importlib
+import importlib.util
+import pathlib
+import sys
+from types import ModuleType
+
+from fmeta.errors import UsageError, suggest
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def experiments() -> list[pathlib.Path]:
+  """Files of this package that define both `Config` and `run`."""
+  found = []
+  for path in sorted(HERE.rglob('*.py')):
+    body = ast.parse(path.read_text()).body
+    names = {getattr(node, 'name', None) for node in body}
+    if {'Config', 'run'} <= names:
+      found.append(path)
+  return found
+
+
+def find(given: str) -> pathlib.Path:
+  """The experiment file, looked for here and in the checkout.
+
+  Raises:
+    UsageError: if there is none, with the closest name that exists.
+  """
+  for path in (pathlib.Path(given), HERE.parent / given):
+    if path.is_file():
+      return path.resolve()
+  known = [str(path.relative_to(HERE.parent)) for path in experiments()]
+  raise UsageError(f'no experiment file {given!r}{suggest(given, known)}')
+
+
+def load(source: pathlib.Path) -> ModuleType:
+  """Imports an experiment file, by its package name where it has one.
+
+  Raises:
+    UsageError: if it is not Python or lacks `Config` or `run`.
+  """
+  if source.suffix != '.py':
+    raise UsageError(f'{str(source)!r} is not a Python file (*.py)')
+  if source.is_relative_to(HERE):
+    parts = source.relative_to(HERE.parent).with_suffix('').parts
+    module = importlib.import_module('.'.join(parts))
+  else:
+    name = f'experiment_{source.stem}'
+    spec = importlib.util.spec_from_file_location(name, source)
+    assert spec and spec.loader  # A .py file has both.
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Dataclass annotations are resolved there.
+    spec.loader.exec_module(module)
+  for needed in ('Config', 'run'):
+    if not hasattr(module, needed):
+      raise UsageError(
+        f'{str(source)!r} has no {needed!r}; an experiment file defines '
+        f'Config and run(config, context)'
+      )
+  return module
+
+
+def name_of(source: pathlib.Path) -> str:
+  """`finetune/docparams` for a file of this package, else its stem."""
+  if source.is_relative_to(HERE):
+    return source.relative_to(HERE).with_suffix('').as_posix()
+  return source.stem
+
+
+def listing() -> str:
+  """One line per experiment file: its path and what it says it is."""
+  lines = []
+  for path in experiments():
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ''
+    shown = path.relative_to(HERE.parent).as_posix()
+    lines.append(f'{shown:<46} {doc.partition(chr(10))[0]}'.rstrip())
+  return '\n'.join(lines)
