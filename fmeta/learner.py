@@ -100,8 +100,8 @@ def finetune(
       'loss': loss,
       **aux.metrics,
       'penalty': penalty_loss,
-      'grad_norm': optax.global_norm(grads),
-      'update_norm': optax.global_norm(updates),
+      'grad_norm': optax.tree.norm(grads),
+      'update_norm': optax.tree.norm(updates),
     }
     state = state.replace(
       step=state.step + 1,
