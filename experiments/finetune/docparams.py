@@ -1,0 +1,418 @@
+"""How well does one model fine-tune? Four tunings and three baselines.
+
+  python -m experiments.run --config=experiments/finetune/docparams.py
+
+all-MiniLM-L6-v2 infers a parameter's declared type (ten classes) from its
+description: linear probe, surgical (the last two blocks), LoRA and full
+fine-tuning, all the same step, beside the majority class, nearest class mean
+and TF-IDF with a linear SVM. 4,000 training texts, 800 for every choice, 2,000
+for the numbers, split by source file; intervals resample test files.
+
+Every trained row tries the same number of rates for one epoch on the first
+`search_examples` texts, then trains with the best for up to `epochs`, keeping
+the epoch that is best on validation; the SVM tries rates x epochs values of
+C. Expected and measured: experiments/README.md.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+import fmeta
+from experiments import minilm
+from experiments.common import Seeds, best_setting, placement, trial
+from fmeta import baselines, data, evaluate, metrics, optim, table, train
+from fmeta.datasets import docparams
+from fmeta.pretrained import MINILM
+from fmeta.report import Panel, Row, bars, terminal_table
+from fmeta.workdir import Context
+
+BLOCKS = 'body/layer_[{}]/.*'
+
+
+@dataclasses.dataclass
+class Config:
+  """What one would sweep."""
+
+  seed: Seeds = dataclasses.field(default_factory=Seeds)
+  seeds: int = 1
+  model: str = MINILM
+  methods: tuple[str, ...] = ('probe', 'surgical', 'lora', 'full')
+  epochs: int = 2
+  batch_size: int = 32
+  max_length: int = 32
+  surgical_blocks: int = 2
+  lora_rank: int = 8
+  # The fresh head moves faster than what it stands on (untuned).
+  head_multiplier: float = 10.0
+  rates_probe: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+  rates_surgical: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+  rates_lora: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+  rates_full: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+  search_examples: int = 800
+  train_examples: int = 4000
+  validation_examples: int = 800
+  test_examples: int = 2000
+
+
+SMALL = {
+  'methods': ('probe', 'lora'),
+  'epochs': 1,
+  'rates_probe': (1e-3,),
+  'rates_lora': (1e-3,),
+  'search_examples': 64,
+  'train_examples': 96,
+  'validation_examples': 64,
+  'test_examples': 64,
+}
+
+
+@dataclasses.dataclass
+class Bench:
+  """The encoded splits and the model, loaded once for all methods."""
+
+  config: Config
+  context: Context
+  splits: dict[str, dict[str, np.ndarray]]
+  module: fmeta.models.BertClassifier
+  params: dict
+  num_layers: int
+
+  @property
+  def groups(self) -> np.ndarray:
+    """Source file of each test text, the unit of resampling."""
+    return self.splits['test']['file']
+
+
+def open_bench(config: Config, context: Context) -> Bench:
+  """Loads texts and model."""
+  module, params, tokenizer = minilm.load_model(
+    config.model, len(docparams.LABELS), config.seed.init
+  )
+  splits = minilm.load_texts(
+    {
+      'train': config.train_examples,
+      'validation': config.validation_examples,
+      'test': config.test_examples,
+    }
+  )
+  for columns in splits.values():
+    data.check_labels(columns['label'], len(docparams.LABELS))
+  encoded = {
+    name: minilm.encode(tokenizer, columns, config.max_length)
+    for name, columns in splits.items()
+  }
+  return Bench(
+    config, context, encoded, module, params, module.config.num_layers
+  )
+
+
+def tuning_of(bench: Bench, method: str) -> tuple[fmeta.Tuning, int]:
+  """What moves, and the layer below which everything is frozen."""
+  last = bench.num_layers
+  first = last - bench.config.surgical_blocks
+  if method == 'probe':
+    return fmeta.select('head/.*'), last
+  if method == 'surgical':
+    blocks = '|'.join(map(str, range(first, last)))
+    return fmeta.select(f'body/layer_({blocks})/.*', 'head/.*'), first
+  if method == 'lora':
+    return (
+      fmeta.lora(
+        r'body/layer_\d+/.*kernel',
+        rank=bench.config.lora_rank,
+        also=('head/.*',),
+      ),
+      0,
+    )
+  if method == 'full':
+    return fmeta.full(), 0
+  raise fmeta.UsageError(
+    f'no method {method!r}; possible: probe, surgical, lora, full'
+  )
+
+
+class Method:
+  """One row: a tuning, its cached inputs and its compiled programs."""
+
+  def __init__(self, bench: Bench, name: str):
+    self.bench, self.name = bench, name
+    self.tuning, self.first_layer = tuning_of(bench, name)
+    self.rates = getattr(bench.config, f'rates_{name}')
+    self.columns = bench.splits
+    self.forward = fmeta.models.forward(bench.module)
+    if self.first_layer:
+      self.forward = minilm.from_layer(bench.module, self.first_layer)
+      self.columns = {
+        split: minilm.with_prefix(
+          bench.module, bench.params, columns, self.first_layer
+        )
+        for split, columns in bench.splits.items()
+      }
+    self.validation = minilm.eval_batches(
+      minilm.by_length(self.columns['validation'])
+    )
+    self.multipliers = (
+      ('head/.*', bench.config.head_multiplier),
+      ('.*', 1.0),
+    )
+    self.loss = fmeta.supervised(self.forward, fmeta.softmax_cross_entropy)
+
+  def fit(self, rate: float, examples: int, epochs: int, seed: int, **options):
+    """Trains once and keeps the epoch that is best on validation."""
+    config = self.bench.config
+    batches = minilm.train_batches(
+      data.take(self.columns['train'], slice(0, examples)),
+      config.batch_size,
+      config.seed.data + seed,
+    )
+    steps = batches.steps_per_epoch * epochs
+    learner = fmeta.finetune(
+      self.loss,
+      optim.adamw(
+        optim.warmup_linear(rate, steps), multipliers=self.multipliers
+      ),
+      tuning=self.tuning,
+    )
+    _, params, _ = minilm.load_model(
+      config.model, len(docparams.LABELS), config.seed.init + seed
+    )
+    state = learner.init(params, jax.random.key(config.seed.init + seed))
+    return train.fit(
+      learner,
+      state,
+      [train.Stage(self.name, batches, steps)],
+      jax.random.key(config.seed.train + seed),
+      evaluate=lambda params, model_state: {
+        'accuracy': evaluate.accuracy_of(
+          self.forward, params, model_state, self.validation
+        )
+      },
+      evaluate_every=batches.steps_per_epoch,
+      restore_best=True,
+      log_every=10,
+      **placement(self.bench.context),
+      **options,
+    )
+
+  def search(self) -> dict[str, float]:
+    """Validation accuracy of each rate after one short epoch."""
+    tried = {}
+    for rate in self.rates:
+      name = f'finetune/{self.name}/rate_{rate:g}'
+
+      def run(rate=rate):
+        fitted = self.fit(
+          rate, self.bench.config.search_examples, 1, 0, quiet=True
+        )
+        return {'value': fitted.evaluations[-1]['evaluation']['accuracy']}
+
+      tried[f'{rate:g}'] = trial(self.bench.context, name, run)['value']
+    return tried
+
+  def final(self, rate: float, seed: int, keep: bool) -> dict:
+    """One full run: test correctness, the epoch kept, its cost."""
+    config, context = self.bench.config, self.bench.context
+
+    def run():
+      options = {}
+      if seed == 0:
+        options = {
+          'workdir': context.workdir / 'fit' / f'finetune_{self.name}',
+          'resume': context.resume,
+          'keep': 1,
+        }
+      fitted = self.fit(
+        rate, config.train_examples, config.epochs, seed, **options
+      )
+      if keep:
+        save_model(self.bench, fitted.params)
+      predictions = evaluate.evaluate(
+        self.forward,
+        fitted.params,
+        {},
+        minilm.eval_batches(self.columns['test']),
+      )
+      epoch = fitted.best_step // (fitted.steps // config.epochs)
+      return {
+        'correct': predictions.correct.tolist(),
+        'predicted': predictions.classes.tolist(),
+        'calibration_error': metrics.expected_calibration_error(
+          predictions.probabilities, predictions.labels
+        ),
+        'epoch': int(epoch),
+        'steps': fitted.steps,
+        'trainable': fmeta.tree.size(fitted.state.trainable),
+        'examples_per_second': fitted.examples_per_second,
+        'flops_per_step': fitted.flops_per_step,
+        'peak_bytes': fitted.peak_bytes,
+      }
+
+    return trial(context, f'finetune/{self.name}/seed_{seed}', run)
+
+  def table(self) -> str:
+    """What moves, how fast, by which pattern."""
+    return table.parameter_table(
+      self.bench.params,
+      self.tuning,
+      jax.random.key(0),
+      rates=self.multipliers,
+    )
+
+
+def save_model(bench: Bench, params: dict) -> None:
+  """Writes `model/`, what `fmeta.predict` reads."""
+  fmeta.predict.save_run(
+    bench.context.workdir,
+    bench.module,
+    params,
+    fmeta.pretrained.find(bench.config.model),
+    docparams.LABELS,
+    bench.config.max_length,
+  )
+
+
+def baseline_rows(bench: Bench) -> dict[str, tuple[np.ndarray, str]]:
+  """Name -> (test correctness [N], setting)."""
+  config, splits = bench.config, bench.splits
+  labels = splits['test']['label']
+  grid = len(config.rates_full) * config.epochs
+  most = baselines.majority(splits['train']['label'], len(labels))
+  vectors = {
+    name: minilm.embeddings(bench.module, bench.params, splits[name])
+    for name in ('train', 'test')
+  }
+  mean = baselines.nearest_mean(
+    baselines.nearest_mean_cosine,
+    vectors['train'],
+    splits['train']['label'],
+    vectors['test'],
+    len(docparams.LABELS),
+  )
+  texts = [
+    (list(splits[name]['text']), splits[name]['label'])
+    for name in ('train', 'validation')
+  ]
+  svm = baselines.tfidf_svm(
+    *texts,
+    list(splits['test']['text']),
+    strengths=tuple(np.geomspace(0.02, 5.0, grid).round(3).tolist()),
+  )
+  return {
+    'majority class': (most.correct(labels), ''),
+    'nearest class mean': (mean.correct(labels), 'cosine, frozen'),
+    'TF-IDF + linear SVM': (svm.correct(labels), f'{svm.setting}, grid {grid}'),
+  }
+
+
+def panel(config: Config, context: Context) -> tuple[Panel, dict]:
+  """Trains every method and returns the panel and its numbers."""
+  bench = open_bench(config, context)
+  groups = bench.groups
+  correct, settings, extra, macro = {}, {}, {}, {}
+  for name, (right, setting) in baseline_rows(bench).items():
+    correct[name], settings[name] = right[None], setting
+  for name in config.methods:
+    method = Method(bench, name)
+    print(f'\n{name}\n{method.table()}', flush=True)
+    tried = method.search()
+    rate = best_setting(tried)
+    print(f'{name}: validation accuracy by rate {tried}', flush=True)
+    runs = [
+      method.final(float(rate), seed, keep=name == 'full' and seed == 0)
+      for seed in range(config.seeds)
+    ]
+    correct[name] = np.array([run['correct'] for run in runs])
+    epochs = '/'.join(str(run['epoch']) for run in runs)
+    settings[name] = f'rate {rate}, epoch {epochs} of {config.epochs}'
+    extra[name] = runs
+    labels = bench.splits['test']['label']
+    macro[name] = float(
+      np.mean(
+        [
+          metrics.macro_f1(run['predicted'], labels, len(docparams.LABELS))
+          for run in runs
+        ]
+      )
+    )
+  reference = 'TF-IDF + linear SVM'
+  rows, numbers, ci95 = [], {}, {}
+  for name, right in correct.items():
+    interval = metrics.bootstrap_ci(right, groups)
+    difference = metrics.paired_bootstrap(right, correct[reference], groups)
+    runs = extra.get(name)
+    numbers[f'finetune/{name}'] = interval.mean
+    ci95[f'finetune/{name}'] = interval.ci95
+    more = {}
+    if 'probe' in correct and name in extra and name != 'probe':
+      against = metrics.paired_bootstrap(right, correct['probe'], groups)
+      numbers[f'finetune/{name} minus probe'] = against.mean
+      ci95[f'finetune/{name} minus probe'] = against.ci95
+    if name != reference:
+      numbers[f'finetune/{name} minus {reference}'] = difference.mean
+      ci95[f'finetune/{name} minus {reference}'] = difference.ci95
+    if runs:
+      more['macro F1'] = macro[name]
+      numbers[f'finetune/{name} macro F1'] = macro[name]
+      numbers[f'finetune/{name} calibration error'] = float(
+        np.mean([run['calibration_error'] for run in runs])
+      )
+    rows.append(
+      Row(
+        name,
+        interval.mean,
+        interval.ci95,
+        setting=settings[name],
+        trainable=runs[0]['trainable'] if runs else None,
+        seconds=float(np.mean([r['seconds'] for r in runs])) if runs else None,
+        baseline=name not in extra,
+        difference=None if name == reference else tuple(difference),
+        more=more,
+      )
+    )
+  total = fmeta.tree.size(bench.params)
+  note = (
+    f'{config.train_examples:,} training texts, {config.test_examples:,} test '
+    f'texts from {len(np.unique(groups))} files, split by file; accuracy is '
+    f'the mean of {config.seeds} seed(s), its interval and the paired '
+    'differences resample test files. Every trained row tried '
+    f'{len(config.rates_full)} rates x {config.epochs} epochs on '
+    f'{config.validation_examples} validation texts, the SVM as many values '
+    'of C. Frozen blocks run once per text, without dropout.'
+  )
+  shown = Panel(
+    'Fine-tuning',
+    'How well does the model fine-tune?',
+    rows,
+    note,
+    bars(rows, total=total),
+    reference=reference,
+    total=total,
+  )
+  last = extra[config.methods[-1]][0]
+  outcome = {
+    'metrics': numbers,
+    'ci95': ci95,
+    'steps': last['steps'],
+    'examples_per_second': last['examples_per_second'],
+    'flops_per_step': last['flops_per_step'],
+    'peak_bytes': last['peak_bytes'],
+    'trainable_parameters': last['trainable'],
+    'total_parameters': total,
+    'data_sha256': data.fingerprint(
+      {
+        key: np.concatenate([bench.splits[s][key] for s in bench.splits])
+        for key in ('text', 'label', 'file')
+      }
+    ),
+  }
+  return shown, outcome
+
+
+def run(config: Config, context: Context) -> dict:
+  """Prints the table and writes the picture."""
+  shown, outcome = panel(config, context)
+  print(terminal_table(shown))
+  (context.workdir / 'panel_a.png').write_bytes(shown.figure.png)
+  return outcome

@@ -1,0 +1,113 @@
+"""The texts and the model of the docparams experiments.
+
+A frozen prefix of the model is a constant function of the text, so its output
+is computed once per example (`with_prefix`) and training starts from there.
+Dropout inside the frozen layers is therefore off.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmeta import data, evaluate, text
+from fmeta.data import Columns
+from fmeta.datasets import docparams
+from fmeta.models import BertClassifier, forward
+from fmeta.pretrained import MINILM, MINILM_SHA256, load_bert
+from fmeta.types import Forward, Params
+
+BUCKETS = (16, 32)
+HIDDEN = ('hidden', 'attention_mask')
+
+
+def load_model(
+  source: str, num_classes: int, seed: int
+) -> tuple[BertClassifier, Params, Any]:
+  """The module, its parameters with a fresh head, and the tokenizer."""
+  module, params, folder = load_bert(
+    source,
+    num_classes,
+    jax.random.key(seed),
+    sha256=MINILM_SHA256 if source == MINILM else None,
+  )
+  return module, params, text.load_tokenizer(folder)
+
+
+def load_texts(sizes: dict[str, int | None], subset: bool = True):
+  """docparams by split, cut to `sizes` rows (None: all of them)."""
+  splits = docparams.load(subset=subset)
+  return {
+    name: {key: value[: sizes.get(name)] for key, value in columns.items()}
+    for name, columns in splits.items()
+  }
+
+
+def encode(tokenizer: Any, columns: Columns, max_length: int) -> dict:
+  """The columns with `input_ids` and `length` beside the strings."""
+  return {
+    **columns,
+    **text.encode(tokenizer, list(columns['text']), max_length),
+  }
+
+
+def collate(batch: Columns) -> dict[str, np.ndarray]:
+  """Cuts ids, mask and cached states to the smallest bucket."""
+  batch = text.bucket_collate(BUCKETS)(batch)
+  if 'hidden' in batch:
+    width = batch['attention_mask'].shape[1]
+    batch['hidden'] = batch['hidden'][:, :width]
+    del batch['input_ids']
+  return batch
+
+
+def train_batches(columns: Columns, batch_size: int, seed: int):
+  """Shuffled batches of similar lengths."""
+  source = text.bucketed_batches(columns, batch_size, seed, BUCKETS)
+  return dataclasses.replace(source, collate=collate)
+
+
+def eval_batches(columns: Columns, batch_size: int = 64) -> list:
+  """All rows in their order."""
+  return data.eval_batches(columns, batch_size, collate=collate)
+
+
+def with_prefix(
+  module: BertClassifier, params: Params, columns: Columns, first_layer: int
+) -> dict[str, np.ndarray]:
+  """The columns with `hidden` [N, L, H], the state that enters a layer."""
+  run = forward(module, method='prefix', first_layer=first_layer)
+  step = jax.jit(lambda params, batch: run(params, {}, batch, None)[0])
+  width = columns['input_ids'].shape[1]
+  # In order of length, so that short texts meet short ones.
+  order = np.argsort(columns['length'], kind='stable')
+  ordered = data.take(
+    {key: columns[key] for key in ('input_ids', 'length')}, order
+  )
+  hidden = np.zeros(
+    (len(order), width, module.config.hidden_size), np.float32
+  )
+  for index, batch in enumerate(eval_batches(ordered)):
+    rows = order[index * 64 : (index + 1) * 64]
+    states = np.asarray(step(params, batch))[: len(rows)]
+    hidden[rows, : states.shape[1]] = states
+  return {**columns, 'hidden': hidden}
+
+
+def from_layer(module: BertClassifier, first_layer: int) -> Forward:
+  """The rest of the model, from cached states."""
+  return forward(module, HIDDEN, method='resume', first_layer=first_layer)
+
+
+def embeddings(
+  module: BertClassifier, params: Params, columns: Columns
+) -> np.ndarray:
+  """Mean-pooled embeddings [N, H] of the frozen model, raw length."""
+  embed = forward(module, method='embed')
+  return evaluate.evaluate(embed, params, {}, eval_batches(columns)).logits
+
+
+def by_length(columns: Columns) -> dict[str, np.ndarray]:
+  """The rows from short to long: evaluation then wastes little padding."""
+  return data.take(columns, np.argsort(columns['length'], kind='stable'))
