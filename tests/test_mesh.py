@@ -13,7 +13,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import mesh_worker as worker
 import numpy as np
 import pytest
@@ -72,7 +71,9 @@ def test_the_memory_of_the_stream_is_full_of_its_rows():
   memory = worker.on_one_device('stream')['memory']
   assert memory['seen'] == 20 * worker.BATCH
   columns = worker.columns(np.float32)
-  known = {row.tobytes(): label for row, label in zip(*columns.values())}
+  known = {
+    row.tobytes(): label for row, label in zip(*columns.values(), strict=True)
+  }
   held = memory['rows']
   assert [known[x.tobytes()] for x in held['x']] == held['label'].tolist()
 
