@@ -90,6 +90,16 @@ def test_a_wrong_flag_is_one_line_that_names_the_remedy(field, text, words):
   assert config == Config()
 
 
+def test_each_seed_is_a_field_of_its_own():
+  @dataclasses.dataclass
+  class Seeded:
+    seed: settings.Seeds = dataclasses.field(default_factory=settings.Seeds)
+
+  config = Seeded()
+  settings.override(config, [('seed.data', '3')])
+  assert config.seed == settings.Seeds(init=0, data=3, train=0)
+
+
 def test_the_last_of_two_flags_for_a_field_wins():
   config = Config()
   settings.override(config, [('steps', '1'), ('steps', '2')])

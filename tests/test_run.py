@@ -115,6 +115,8 @@ def test_no_and_bare_boolean_fields(toy):
     (['--config.lr', '3'], "unexpected argument '3'"),
     (['--config.lr'], 'needs a value'),
     (['--wokdir=x'], 'Did you mean: workdir'),
+    (['--mesh=data:3'], 'possible sizes: [1, 2, 4, 8]'),
+    (['--mesh=dta:2'], "did you mean 'data'"),
     (['--resume'], '--workdir=DIR'),
     (['--resume=3'], '--resume=3'),
     (['--resume', '--workdir=none'], 'there is no workdir'),
@@ -198,13 +200,6 @@ def test_experiments_are_named_by_their_place():
 def test_every_listed_experiment_has_defaults_for_all_fields():
   for path in files.experiments():
     assert dataclasses.is_dataclass(files.load(path).Config())
-
-
-def test_slurm_tasks_without_srun_are_refused():
-  with pytest.raises(UsageError, match='start it with srun'):
-    run.join_processes({'SLURM_NTASKS': '4'})
-  run.join_processes({})
-  run.join_processes({'SLURM_NTASKS': '1'})
 
 
 def test_an_absurd_mesh_makes_no_devices(monkeypatch):
