@@ -171,9 +171,7 @@ def check_donation(
 
 def _no_shared_buffers(state, what):
   owner = {}
-  for name, leaf in zip(
-    tree.names(state), jax.tree.leaves(state), strict=True
-  ):
+  for name, leaf in zip(tree.names(state), jax.tree.leaves(state), strict=True):
     if leaf.size:
       pointer = leaf.unsafe_buffer_pointer()
       other = owner.setdefault(pointer, name)

@@ -112,9 +112,7 @@ def calls(syntax, attribute):
 
 
 def test_one_place_updates_parameters():
-  applied = [
-    name for name, s in modules() for _ in calls(s, 'apply_updates')
-  ]
+  applied = [name for name, s in modules() for _ in calls(s, 'apply_updates')]
   assert applied == ['learner']
   # Other `.update` are those of dicts and hashes, which take one argument.
   updated = [
