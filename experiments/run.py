@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from experiments import files
 from fmeta import config as settings
 from fmeta import result as results
+from fmeta import sharding
 from fmeta import workdir as folders
 from fmeta.errors import UsageError
 
@@ -136,29 +137,7 @@ def use_host_devices(mesh: str | None) -> None:
   if 1 < count <= _MOST_HOST_DEVICES and _HOST_DEVICES not in xla_flags:
     os.environ['XLA_FLAGS'] = f'{xla_flags} {_HOST_DEVICES}={count}'.strip()
   if _HOST_DEVICES in os.environ.get('XLA_FLAGS', ''):
-    jax.config.update('jax_cpu_enable_async_dispatch', False)
-
-
-def join_processes(environ: Any = os.environ) -> None:
-  """Meets the other processes of a Slurm step, if there are any.
-
-  Raises:
-    UsageError: if Slurm gives several tasks and srun was forgotten: each
-      process would silently train on its own.
-  """
-  tasks = int(environ.get('SLURM_NTASKS', '1'))
-  if tasks == 1:
-    return
-  if 'SLURM_STEP_NODELIST' not in environ:
-    raise UsageError(
-      f'Slurm gives {tasks} tasks but this process is alone; start it with '
-      f'srun, or set SLURM_NTASKS=1'
-    )
-  jax.distributed.initialize()
-  if jax.process_count() != tasks:
-    raise UsageError(
-      f'{jax.process_count()} processes met where Slurm started {tasks}'
-    )
+    sharding.synchronous_dispatch()
 
 
 def open_workdir(options: flags.FlagValues, job: Job) -> pathlib.Path:
@@ -184,11 +163,10 @@ def execute(options: flags.FlagValues, assignments: list[tuple]) -> None:
   """Prepares, runs and records one experiment."""
   began = time.monotonic()
   use_host_devices(options.mesh)
-  join_processes()
+  if 'SLURM_STEP_NODELIST' in os.environ:  # Started by srun.
+    sharding.initialize_processes()
   if options.mesh:
-    from fmeta import sharding  # Only a run with a mesh needs one.
-
-    sharding.parse_mesh(options.mesh)
+    sharding.parse_mesh(options.mesh, jax.device_count())
   job = prepare(options, assignments)
   folder = open_workdir(options, job)
   print(f'{job.name} -> {folder}', flush=True)

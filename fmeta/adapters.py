@@ -7,6 +7,7 @@ core that knows flax.linen, and it imports it when first needed.
 """
 
 import functools
+import inspect
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from fmeta import tree
 from fmeta.errors import UsageError
-from fmeta.tuning import keep_under
+from fmeta.tuning import is_moving, keep_under
 from fmeta.types import Array, Params, Scalar, Tuning
 
 A, B = '.lora_a', '.lora_b'
@@ -33,8 +34,10 @@ def kernel_name(name: str) -> str:
 def running_statistics(trainable: Params, frozen: Params) -> Iterator[None]:
   """Makes each linen BatchNorm without a trainable leaf use running averages.
 
-  It applies to `flax.linen.BatchNorm` and to any module whose
-  `__call__` takes `use_running_average`.
+  It applies to `flax.linen.BatchNorm` and to any module with an attribute
+  `use_running_average`, whether that is set on the module or given to the
+  call. Which modules are frozen is `tuning.is_moving`'s to say, so the
+  statistics that `keep_under` holds still are the ones used.
   """
   import flax.linen as nn
 
@@ -43,15 +46,22 @@ def running_statistics(trainable: Params, frozen: Params) -> Iterator[None]:
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
-    if hasattr(module, 'use_running_average') and (
-      context.method_name == '__call__'
+    if (
+      context.method_name != '__call__'
+      or not hasattr(module, 'use_running_average')
+      or is_moving(module.path, moving, still)
     ):
-      prefix = '/'.join(module.path) + '/'
-      if any(name.startswith(prefix) for name in still) and not any(
-        name.startswith(prefix) for name in moving
-      ):
-        kwargs = {**kwargs, 'use_running_average': True}
-    return next_fun(*args, **kwargs)
+      return next_fun(*args, **kwargs)
+    # The flag may come by attribute, position or keyword, and linen refuses
+    # two of them, so the attribute alone speaks for the length of the call.
+    call = inspect.signature(next_fun).bind(*args, **kwargs)
+    call.arguments.pop('use_running_average', None)
+    given = module.use_running_average
+    object.__setattr__(module, 'use_running_average', True)
+    try:
+      return next_fun(*call.args, **call.kwargs)
+    finally:
+      object.__setattr__(module, 'use_running_average', given)
 
   with nn.intercept_methods(interceptor):
     yield
@@ -139,6 +149,12 @@ def _lora_tuning(patterns, rank, alpha, also, intercept) -> Tuning:
     born = any(name.endswith(A) for name in tree.names(params))
     if not born:
       params = lora_init(params, rng, patterns, rank)
+    for name, (a, _) in _factors(params).items():
+      if a.shape[-1] != rank:
+        raise UsageError(
+          f'factors of {name!r} have rank {a.shape[-1]}, but the tuning says '
+          f'rank={rank}; give both the same'
+        )
     if also:
       tree.check_patterns(also, tree.names(params))
     pairs = [(pattern, None) for pattern in also]
@@ -190,7 +206,10 @@ def _low_rank_path(merge, scale, trainable, frozen) -> Iterator[Params]:
     ):
       entered.add(name)
       a, b = factors[name]
-      outputs = outputs + scale * ((args[0] @ a) @ b)
+      inputs = args[0] if args else kwargs['inputs']
+      # A layer that computes in bf16 stays bf16.
+      delta = scale * ((inputs @ a) @ b)
+      outputs = outputs + delta.astype(outputs.dtype)
     return outputs
 
   with (

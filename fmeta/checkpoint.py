@@ -25,6 +25,7 @@ import numpy as np
 
 from fmeta import tree
 from fmeta.errors import UsageError
+from fmeta.mesh import gather_to_host
 
 Named = dict[str, jax.Array]
 
@@ -39,23 +40,15 @@ def like(target: Any, named: Mapping[str, Any]) -> Any:
   return tree.map_with_name(lambda name, _: named[name], target)
 
 
-def _host(x: jax.Array) -> np.ndarray:
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-  return np.asarray(x)
-
-
 def digests(arrays: Any) -> dict[str, str]:
   """sha256 of every leaf's dtype, shape and bytes, by name."""
 
   def digest(x):
-    x = _host(x)
     head = f'{x.dtype.name}{x.shape}'.encode()
     return hashlib.sha256(head + np.ascontiguousarray(x).tobytes()).hexdigest()
 
-  return {name: digest(leaf) for name, leaf in by_name(arrays).items()}
+  whole = by_name(gather_to_host(arrays))
+  return {name: digest(leaf) for name, leaf in whole.items()}
 
 
 def fingerprint(of: Mapping[str, str]) -> str:
@@ -97,10 +90,11 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path, keep: int = 2):
     from orbax.checkpoint import v1 as ocp
 
-    self._ocp = ocp
+    # Untyped: its annotations want internal path types.
+    self._ocp: Any = ocp
     self.folder = pathlib.Path(folder).absolute()
-    policies = ocp.training.preservation_policies
-    self._steps = ocp.training.Checkpointer(
+    policies = self._ocp.training.preservation_policies
+    self._steps = self._ocp.training.Checkpointer(
       self.folder / 'steps',
       preservation_policy=policies.LatestN(keep),
       cleanup_tmp_directories=True,
@@ -126,7 +120,8 @@ class Checkpoints:
 
   def host(self, step: int) -> dict:
     """The JSON of a checkpoint."""
-    return self._steps.checkpointables_metadata(step).custom_metadata
+    metadata = self._steps.checkpointables_metadata(step)
+    return dict(metadata.custom_metadata or {})
 
   def restore(self, step: int, state: Any, best: Any) -> tuple[Any, Any]:
     """Loads onto the shardings of `state` and `best`.
@@ -170,7 +165,8 @@ class Checkpoints:
     folder = self.folder / 'frozen' / saved
     there = {}
     if folder.exists():
-      there = self._ocp.checkpointables_metadata(folder).custom_metadata
+      metadata = self._ocp.checkpointables_metadata(folder)
+      there = dict(metadata.custom_metadata or {})
     names = [*of, *(name for name in there if name not in of)]
     first = next((n for n in names if of.get(n) != there.get(n)), '')
     raise UsageError(

@@ -28,6 +28,24 @@ _WORDS = {
 _BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
 
 
+@dataclasses.dataclass
+class Seeds:
+  """Three independent sources of chance, so that each can be swept alone.
+
+  Initialisation and data order matter alike (Dodge et al. 2020,
+  https://arxiv.org/abs/2002.06305).
+
+  Attributes:
+    init: of the parameters that are not pre-trained.
+    data: of the order of batches and the draw of episodes.
+    train: of what a step draws: dropout, rehearsal.
+  """
+
+  init: int = 0
+  data: int = 0
+  train: int = 0
+
+
 def override(config: Any, assignments: Iterable[tuple[str, str | None]]):
   """Sets fields of a dataclass in place, in order.
 

@@ -5,10 +5,11 @@ one jitted program. Moving leaves are donated; frozen ones are an argument of
 their own, so they are neither copied nor carried.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ def chunks(
   start: int,
   stop: int,
   limit: Callable[[int], int],
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
   """Yields (n, n consecutive batches stacked [n, ...]), read ahead by Grain.
 
   Args:
@@ -43,7 +44,8 @@ def chunks(
       change of shapes ends it earlier.
   """
   held, index = [], start
-  with closing(prefetch(batches, start, stop)) as source:
+  # Closed by hand if the reader stops early: it has a thread.
+  with closing(cast(Generator, prefetch(batches, start, stop))) as source:
     for batch in source:
       batch = jax.tree.map(np.asarray, dict(batch))
       if held and signature(batch) != signature(held[0]):
@@ -75,16 +77,20 @@ class Program:
     peak_bytes: arguments, outputs and temporaries of the largest chunk.
   """
 
-  def __init__(self, learner: Learner):
+  def __init__(self, learner: Learner, rng: Array):
     self.traces = 0
     self.compile_seconds = 0.0
     self.flops_per_step: float | None = None
     self.peak_bytes: int | None = None
     self._learner = learner
+    # As host data it belongs to no device, so any mesh of any number of
+    # processes may read it.
+    self._impl = jax.random.key_impl(rng)
+    self._key = np.asarray(jax.random.key_data(rng))
     self._compiled: dict[Signature, Callable[..., Any]] = {}
 
   def __call__(
-    self, moving: TrainState, frozen: Params, batches: Batch, rng: Array
+    self, moving: TrainState, frozen: Params, batches: Batch
   ) -> tuple[TrainState, dict[str, Array]]:
     """Steps through the stacked batches.
 
@@ -92,7 +98,6 @@ class Program:
       moving: the state without its frozen leaves; donated.
       frozen: the frozen leaves.
       batches: stacked [steps, ...] arrays.
-      rng: the root key.
 
     Returns:
       The new moving state and the metrics [steps] of each step.
@@ -100,28 +105,29 @@ class Program:
     leaves, structure = jax.tree.flatten(batches)
     key = structure, tuple((x.shape, x.dtype.name) for x in leaves)
     if key not in self._compiled:
-      self._compiled[key] = self._compile(moving, frozen, batches, rng)
-    return self._compiled[key](moving, frozen, batches, rng)
+      self._compiled[key] = self._compile(moving, frozen, batches)
+    return self._compiled[key](moving, frozen, batches, self._key)
 
-  def _compile(self, moving, frozen, batches, rng):
+  def _compile(self, moving, frozen, batches):
     began = time.perf_counter()
     num_steps = jax.tree.leaves(batches)[0].shape[0]
 
-    def run(moving, frozen, batches, rng):
+    def run(moving, frozen, batches, key):
       self.traces += 1
       state, metrics = adapt(
         self._learner,
-        moving.replace(frozen=frozen),
+        dataclasses.replace(moving, frozen=frozen),
         lambda i: jax.tree.map(lambda x: x[i], batches),
-        rng,
+        jax.random.wrap_key_data(key, impl=self._impl),
         num_steps=num_steps,
       )
-      return state.replace(frozen={}), metrics
+      return dataclasses.replace(state, frozen={}), metrics
 
     # The next call must find the state where this one found it.
     where = jax.tree.map(lambda x: x.sharding, moving)
-    jitted = jax.jit(run, donate_argnums=0, out_shardings=(where, None))
-    compiled = jitted.lower(moving, frozen, batches, rng).compile()
+    # Metrics are scalars per step, replicated like the step's number.
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=(where, where.step))
+    compiled = jitted.lower(moving, frozen, batches, self._key).compile()
     self._measure(compiled)
     self.compile_seconds += time.perf_counter() - began
     return compiled

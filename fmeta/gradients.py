@@ -27,8 +27,11 @@ def first_order(value_and_grad: ValueAndGrad = plain) -> ValueAndGrad:
 
   def transform(fun):
     def wrapped(*args):
-      value, grads = value_and_grad(fun)(*args)
-      return value, jax.lax.stop_gradient(grads)
+      (value, aux), grads = value_and_grad(fun)(*args)
+      # Statistics of the support set are constants, too.
+      state = jax.lax.stop_gradient(aux.model_state)
+      aux = aux._replace(model_state=state)
+      return (value, aux), jax.lax.stop_gradient(grads)
 
     return wrapped
 

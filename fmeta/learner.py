@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmeta.errors import UsageError
 from fmeta.gradients import plain
 from fmeta.penalty import no_penalty
 from fmeta.tuning import full
@@ -30,7 +31,9 @@ from fmeta.types import (
 )
 
 # Streams of randomness within one step; folded into the step's key.
-LOSS, PENALTY, SAMPLE, INSERT = range(4)
+LOSS, PENALTY, SAMPLE = range(3)
+# Folded into the root key, hence a number that no step has.
+INSERT = 2**32 - 1
 
 
 def finetune(
@@ -144,6 +147,12 @@ def append(batch: Batch, rows: Batch, valid: Array) -> Batch:
   Rows of an empty memory get weight zero. Keys that only the memory has are
   dropped.
   """
+  missing = sorted(set(batch) - set(rows) - {'weight'})
+  if missing:
+    raise UsageError(
+      f'the memory does not hold {missing[0]!r} of the batch; it holds '
+      f'{sorted(rows)}: add it to the spec of the memory'
+    )
   size = jax.tree.leaves(batch)[0].shape[0]
   weight = batch.get('weight', jnp.ones(size, valid.dtype))
   mixed = {

@@ -184,11 +184,16 @@ class Live:
     if self._tty:
       # Blanks cover what is left of a longer line.
       self._stream.write('\r' + text.ljust(self._width))
-      self._stream.write('\n' if last else '')
       self._width = len(text)
     else:
       self._stream.write(text + '\n')
     self._stream.flush()
+
+  def close(self) -> None:
+    """Leaves the line on a terminal."""
+    if self._width:
+      self._stream.write('\n')
+      self._width = 0
 
   def text(self, record: Mapping[str, Any], rate: float, elapsed: float) -> str:
     """The line itself."""

@@ -163,7 +163,7 @@ class Loop:
   ):
     self.learner, self.stages, self.rng = learner, stages, rng
     self.settings = settings
-    self.program = Program(learner)
+    self.program = Program(learner, rng)
     self.kept: Any = None  # the best trainable leaves and model state
     self.told_to_stop = False
     self.pending: tuple[int, dict[str, Array]] | None = None
@@ -174,9 +174,9 @@ class Loop:
     self.wait = cpu and jax.device_count() > 1
 
   def start(self, state: TrainState) -> None:
-    """Takes a copy of the state: what moves will be donated."""
+    """Takes over a state: what moves will be donated."""
     self.frozen = state.frozen
-    self.moving = _own(state.replace(frozen={}))
+    self.moving = dataclasses.replace(state, frozen={})
     self.progress = Progress(int(state.step))
 
   def restore(self) -> None:
@@ -185,7 +185,7 @@ class Loop:
     found = self.saver.restore(self.moving, self._leaves())
     if found is not None:
       moving, self.kept, progress = found
-      self.moving = _own(moving)
+      self.moving = moving
       self.progress = Progress.from_json(progress)
 
   def terminate(self) -> None:
@@ -252,7 +252,6 @@ class Loop:
       self.moving,
       self.frozen,
       self.settings.place_batches(batches),
-      self.rng,
     )
     self._flush()
     self.pending = (self.progress.step, metrics)
@@ -307,12 +306,12 @@ class Loop:
       return
     value = settings.monitor.value(values)
     if progress.best.update(settings.monitor, value, progress.step):
-      self.kept = _own(self._leaves()) if settings.restore_best else None
+      self.kept = own(self._leaves()) if settings.restore_best else None
     progress.stopped_early = progress.best.exhausted(settings.monitor)
 
   def _end_stage(self, stage: Stage) -> None:
     if self.kept is not None:
-      self.moving = self.moving.replace(**self.kept)
+      self.moving = dataclasses.replace(self.moving, **self.kept)
       self.kept = None
     state = self._state()
     if stage.remember:
@@ -322,7 +321,9 @@ class Loop:
         state, self.settings.forward, stage.remember, rng
       )
       # What it remembers may be the very leaves that move on.
-      self.moving = self.moving.replace(penalty_state=_own(state.penalty_state))
+      self.moving = dataclasses.replace(
+        self.moving, penalty_state=own(state.penalty_state)
+      )
       state = self._state()
     if self.settings.after_stage is not None:
       row = self.settings.after_stage(
@@ -374,7 +375,7 @@ class Loop:
     return f'last good checkpoint: {self.saver.path(step)}'
 
   def _state(self) -> TrainState:
-    return self.moving.replace(frozen=self.frozen)
+    return dataclasses.replace(self.moving, frozen=self.frozen)
 
   def _leaves(self) -> dict[str, Any]:
     return {
@@ -386,11 +387,13 @@ class Loop:
     return self.examples / self.seconds if self.seconds else 0.0
 
 
-def _own(leaves: Any) -> Any:
-  """A copy, strongly typed: `fit` donates it, and a buffer only once."""
+def own(leaves: Any) -> Any:
+  """A copy: `fit` donates it, and a buffer can be donated only once."""
+  return jax.tree.map(lambda x: jnp.array(x, copy=True), strong(leaves))
 
-  def copy(x):
-    x = jnp.asarray(x)
-    return jnp.array(x, dtype=x.dtype, copy=True)
 
-  return jax.tree.map(copy, leaves)
+def strong(leaves: Any) -> Any:
+  """Strongly typed arrays, as every step returns them."""
+  return jax.tree.map(
+    lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), leaves
+  )

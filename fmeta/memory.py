@@ -59,6 +59,7 @@ def reservoir(capacity: int, spec: Mapping[str, Any]) -> Memory:
       mask = written.reshape(-1, *[1] * (held.ndim - 1))
       return jnp.where(mask, new[jnp.where(written, writer, 0)], held)
 
+    _check_rows(spec, rows)
     held = {
       key: place(memory['rows'][key], jnp.asarray(rows[key], leaf.dtype))
       for key, leaf in spec.items()
@@ -79,3 +80,13 @@ def reservoir(capacity: int, spec: Mapping[str, Any]) -> Memory:
     return rows, held[chosen].astype(jnp.float32)
 
   return Memory(init, insert, sample)
+
+
+def _check_rows(spec, rows):
+  for key, leaf in spec.items():
+    found = jnp.shape(rows[key])[1:] if key in rows else 'nothing'
+    if found != leaf.shape:
+      raise UsageError(
+        f'the memory holds {key!r} of shape {leaf.shape} per row, the batch '
+        f'brings {found}; give all batches one shape, the one of the spec'
+      )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
+from fmeta.errors import UsageError
 from fmeta.learner import adapt
 from fmeta.types import (
   Array,
@@ -139,6 +140,12 @@ def reptile_loss(
 
     adapted = _per_task(one, over, batch['support'], rng)
     model = params if isinstance(inner, Learner) else params['model']
+    extra = sorted(set(tree.names(adapted)) - set(tree.names(model)))
+    if extra:
+      raise UsageError(
+        f'{extra[0]!r} is no outer parameter, so reptile_loss cannot move it; '
+        'put it there first, for example with lora_init'
+      )
     distances = jax.tree.map(
       lambda p, q: 0.5 * jnp.sum((p[None] - q) ** 2) / q.shape[0],
       model,

@@ -6,9 +6,11 @@ hold them against all parameters.
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fmeta import tree
+from fmeta.errors import UsageError
 from fmeta.types import Scalar
 
 Rate = Scalar | optax.Schedule
@@ -23,11 +25,18 @@ def _values(updates, patterns, what):
   def value_of(name, _):
     index = tree.first_match(name, patterns)
     if index is None:
-      # Raises the one-line error that names the leaf.
-      tree.match({name: 0}, (*patterns,), what=what)
+      raise UsageError(tree.uncovered(name, what))
     return patterns[index][1]
 
   return tree.map_with_name(value_of, updates)
+
+
+def _covered(patterns, what):
+  def init(params):
+    _values(params, patterns, what)  # refuses a leaf without a value, early
+    return optax.EmptyState()
+
+  return init
 
 
 def scale_by_patterns(
@@ -49,7 +58,7 @@ def scale_by_patterns(
     scales = _values(updates, patterns, what)
     return jax.tree.map(lambda u, m: u * m, updates, scales), state
 
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  return optax.GradientTransformation(_covered(patterns, what), update)
 
 
 def decay_by_patterns(
@@ -70,15 +79,19 @@ def decay_by_patterns(
     )
     return decayed, state
 
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  return optax.GradientTransformation(_covered(patterns, 'decay'), update)
+
+
+def _clipping(clip_norm):
+  return [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
 
 
 def sgd(
   rate: Rate,
   *,
-  momentum: float | None = None,
+  momentum: Scalar | None = None,
   multipliers: tree.Patterns = EVERYWHERE,
-  clip_norm: float | None = None,
+  clip_norm: Scalar | None = None,
 ) -> optax.GradientTransformation:
   """Stochastic gradient descent; u = -rate * m * trace(g).
 
@@ -89,8 +102,8 @@ def sgd(
     clip_norm: largest global norm of the trainable gradient; none by default.
   """
   return optax.chain(
-    *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
-    *([optax.trace(momentum)] if momentum else []),
+    *_clipping(clip_norm),
+    *([] if momentum is None else [optax.trace(momentum)]),
     scale_by_patterns(multipliers),
     optax.scale_by_learning_rate(rate),
   )
@@ -102,7 +115,7 @@ def adamw(
   weight_decay: Scalar = 0.01,
   decay: tree.Patterns = DECAY,
   multipliers: tree.Patterns = EVERYWHERE,
-  clip_norm: float | None = 1.0,
+  clip_norm: Scalar | None = 1.0,
   b1: Scalar = 0.9,
   b2: Scalar = 0.999,
   eps: Scalar = 1e-8,
@@ -127,7 +140,7 @@ def adamw(
       zero gradient otherwise makes the meta-gradient NaN.
   """
   return optax.chain(
-    *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
+    *_clipping(clip_norm),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     decay_by_patterns(weight_decay, decay),
     scale_by_patterns(multipliers),
@@ -156,20 +169,28 @@ def layerwise_decay(
 
 
 def warmup_linear(
-  peak: float, num_steps: int, warmup: float = 0.1
+  peak: Scalar, num_steps: int, warmup: float = 0.1
 ) -> optax.Schedule:
   """Linear warm-up over a share of the steps, then linear decay to zero.
+
+  With w = floor(warmup * num_steps) the rate of step i (from 0) is
+
+    peak * (i + 1) / (w + 1)              if i < w
+    peak * (num_steps - i) / (num_steps - w)   otherwise,
+
+  so no step of the run has rate zero and the peak is reached once.
 
   Args:
     peak: highest rate.
     num_steps: length of the whole schedule.
     warmup: share of `num_steps`; 0.1 as in the BERT code.
   """
-  rise = max(1, int(warmup * num_steps))
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(peak / rise, peak, rise - 1 or 1),
-      optax.linear_schedule(peak, 0.0, max(1, num_steps - rise)),
-    ],
-    [rise],
-  )
+  rise = int(warmup * num_steps)
+  fall = max(1, num_steps - rise)
+
+  def rate(step):
+    rising = (step + 1) / (rise + 1)
+    falling = jnp.maximum(num_steps - step, 0) / fall
+    return peak * jnp.where(step < rise, rising, falling)
+
+  return rate

@@ -31,10 +31,11 @@ def no_penalty() -> Penalty:
 
 def moving_leaves(trainable: Params, params: Params) -> Params:
   """The merged values of the full parameters that the trainable leaves move."""
+  known = set(tree.names(params))
   moved = set()
   for name in tree.names(trainable):
-    head, _, last = name.rpartition('/')
-    moved.add(f'{head}/{last.split(".")[0]}' if head else last.split('.')[0])
+    # What is no parameter is a factor: `<kernel>.<suffix>`.
+    moved.add(name if name in known else name.rpartition('.')[0])
   return tree.partition(params, moved.__contains__)[0]
 
 
@@ -72,7 +73,9 @@ def l2_sp(
   def value(trainable, params, state, batch, rng):
     del batch, rng
     values = moving_leaves(trainable, params)
-    weights = tree.match(values, multipliers, what='multiplier')
+    weights = tree.match(
+      values, multipliers, what='multiplier', known=tree.names(params)
+    )
     return strength * _half_square(values, state['anchor'], weights)
 
   return no_penalty()._replace(init=init, value=value)

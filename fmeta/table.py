@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fmeta import tree
 from fmeta.errors import UsageError
 from fmeta.optim import DECAY, EVERYWHERE
+from fmeta.sharding import parameter_specs
 from fmeta.types import Array, Params, Tuning
 
 WIDTH = 100
@@ -58,6 +60,7 @@ def parameter_rows(
   rates: tree.Patterns = EVERYWHERE,
   decay: tree.Patterns = DECAY,
   rules: tree.Patterns | None = None,
+  mesh: Mesh | None = None,
 ) -> list[Row]:
   """A row per leaf, those that the tuning adds included, in natural order.
 
@@ -69,18 +72,21 @@ def parameter_rows(
     rng: a key, for a tuning that adds leaves.
     rates: ordered `(pattern, multiplier)` over the learning rate.
     decay: ordered `(pattern, multiplier)` over the weight decay.
-    rules: ordered `(pattern, PartitionSpec)`; leaves that none matches are
-      shown as replicated.
+    rules: ordered `(pattern, PartitionSpec)`; None without a mesh.
+    mesh: where the leaves shall lie; it decides for those that no rule
+      matches. Without one they are shown as replicated.
 
   Raises:
-    UsageError: if a pattern matches no parameter at all, or a trainable leaf
-      is covered by no rate or no decay.
+    UsageError: if a pattern matches no parameter at all, a trainable leaf is
+      covered by no rate or no decay, or a rule does not fit leaf or mesh.
   """
   trainable, frozen = jax.eval_shape(tuning.init, params, rng)
   moving = set(tree.names(trainable))
   full = tree.combine(frozen, trainable)
   for patterns in _given(rates, decay, rules or ()):
     tree.check_patterns([p for p, _ in patterns], tree.names(full))
+
+  places = _places(full, rules, mesh)
 
   def row(name, leaf):
     moves = name in moving
@@ -91,7 +97,7 @@ def parameter_rows(
       rate=_value(name, rates, 'rate')[1] if moves else None,
       decay=_value(name, decay, 'decay')[1] if moves else None,
       pattern=_value(name, rates, 'rate')[0] if moves else '',
-      placement='' if rules is None else _placement(name, rules),
+      placement=places[name],
       leaves=1,
       size=leaf.size,
       num_bytes=leaf.size * leaf.dtype.itemsize,
@@ -122,9 +128,16 @@ def _value(
   return pattern, float(value) if np.ndim(value) == 0 else 'array'
 
 
-def _placement(name: str, rules: tree.Patterns) -> str:
-  index = tree.first_match(name, rules)
-  return _spec_text(() if index is None else rules[index][1])
+def _places(full: Params, rules, mesh) -> dict[str, str]:
+  leaf_names = tree.names(full)
+  if rules is None and mesh is None:
+    return dict.fromkeys(leaf_names, '')
+  if mesh is not None:
+    specs = parameter_specs(full, mesh, rules or ())
+    return {name: _spec_text(specs[name][1]) for name in leaf_names}
+  fallback = [*(rules or ()), ('.*', ())]
+  chosen = {name: tree.first_match(name, fallback) for name in leaf_names}
+  return {name: _spec_text(fallback[i or 0][1]) for name, i in chosen.items()}
 
 
 def _spec_text(spec: Iterable[Any]) -> str:
@@ -230,6 +243,7 @@ def parameter_table(
   decay: tree.Patterns = DECAY,
   rate: float | None = None,
   rules: tree.Patterns | None = None,
+  mesh: Mesh | None = None,
 ) -> str:
   """The table as text, at most 100 columns wide, without a final newline.
 
@@ -244,9 +258,10 @@ def parameter_table(
     rate: the schedule's peak; the column then shows peak times multiplier,
       otherwise the multiplier alone.
     rules: ordered `(pattern, PartitionSpec)`; adds a column.
+    mesh: likewise; with it the column is what `place_state` will do.
   """
   rows = parameter_rows(
-    params, tuning, rng, rates=rates, decay=decay, rules=rules
+    params, tuning, rng, rates=rates, decay=decay, rules=rules, mesh=mesh
   )
   columns: dict[str, Callable[[Row], str]] = {
     'parameter': lambda row: row.name,
@@ -256,7 +271,7 @@ def parameter_table(
     'decay': lambda row: _number(row.decay),
     'pattern': lambda row: row.pattern or '-',
   }
-  if rules is not None:
+  if rules is not None or mesh is not None:
     columns['placement'] = lambda row: row.placement
   lines = _lines(list(columns), fold(rows), list(columns.values()))
   notes = idle_patterns(rows, {'rate': rates, 'decay': decay})

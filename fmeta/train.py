@@ -7,17 +7,21 @@ state, what the loop needs is a few numbers beside it; both are saved together,
 so a killed run continues bit by bit where it was.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from fmeta import sharding
 from fmeta.errors import UsageError
 from fmeta.log import Live, Metrics, refuse_used
-from fmeta.loop import Diverged, Fitted, Loop, Settings, Stage
+from fmeta.loop import Diverged, Fitted, Loop, Settings, Stage, own, strong
 from fmeta.saver import Saver, on_sigterm
+from fmeta.sharding import Rules
 from fmeta.stopping import Monitor
 from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
 
@@ -44,8 +48,8 @@ def fit(
   resume: bool = False,
   steps_per_dispatch: int = 1,
   log_every: int = 1,
-  place_state: Callable[[Any], Any] = jax.device_put,
-  place_batches: Callable[[Batch], Batch] = jax.device_put,
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
   quiet: bool = False,
 ) -> Fitted:
   """Trains through the stages.
@@ -81,8 +85,8 @@ def fit(
       stage ends and changes of batch shape shorten a chunk; each length is
       compiled once.
     log_every: steps between records.
-    place_state: puts a tree of leaves on the devices.
-    place_batches: the same for stacked batches [steps, rows, ...].
+    mesh: devices to run on, see `fmeta.sharding`; one device by default.
+    rules: ordered `(pattern, PartitionSpec)` for the parameters on the mesh.
     quiet: no live line.
 
   Raises:
@@ -100,12 +104,12 @@ def fit(
     checkpoint_every=checkpoint_every if workdir is not None else 0,
     steps_per_dispatch=steps_per_dispatch,
     log_every=log_every,
-    place_batches=place_batches,
+    place_batches=_placer(mesh),
   )
   settings.check(stages)
   with ExitStack() as stack:
-    loop = Loop(learner, stages, place_state(rng), settings)
-    loop.start(place_state(state))
+    loop = Loop(learner, stages, rng, settings)
+    loop.start(_placed(state, mesh, rules))
     folder = None
     if workdir is not None:
       folder = _make_workdir(pathlib.Path(workdir), resume)
@@ -118,7 +122,24 @@ def fit(
     loop.metrics = Metrics(folder, first, main)
     stack.callback(loop.metrics.close)
     loop.live = Live(first, loop.last_step(), quiet=quiet or not main)
+    stack.callback(loop.live.close)
     return loop.run()
+
+
+def _placed(
+  state: TrainState, mesh: Mesh | None, rules: Rules | None
+) -> TrainState:
+  if mesh is not None:
+    return sharding.place_state(strong(state), mesh, rules)
+  # Moving leaves in buffers of their own; frozen ones are never donated.
+  moving = own(dataclasses.replace(state, frozen={}))
+  return dataclasses.replace(moving, frozen=jax.device_put(state.frozen))
+
+
+def _placer(mesh: Mesh | None) -> Callable[[Batch], Batch]:
+  if mesh is None:
+    return jax.device_put
+  return lambda batch: sharding.place_batch(batch, mesh, stacked=True)
 
 
 def _make_workdir(workdir: pathlib.Path, resume: bool) -> pathlib.Path:

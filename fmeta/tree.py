@@ -106,26 +106,37 @@ def check_patterns(patterns: Iterable[str], leaf_names: Sequence[str]) -> None:
       )
 
 
-def match(tree: Any, patterns: Patterns, *, what: str = 'value') -> Any:
+def uncovered(name: str, what: str) -> str:
+  """The error of a value list that does not cover the leaf `name`."""
+  return f'no pattern gives {name!r} a {what}; end the list with (".*", ...)'
+
+
+def match(
+  tree: Any,
+  patterns: Patterns,
+  *,
+  what: str = 'value',
+  known: Sequence[str] | None = None,
+) -> Any:
   """A tree of each leaf's first matching value.
 
   Args:
     tree: the parameters.
     patterns: ordered `(regex, value)` pairs; they must cover every leaf.
     what: the word for `value` in an error.
+    known: names that patterns may refer to, the tree's own by default; give
+      those of all parameters when the tree is a part of them.
 
   Raises:
     UsageError: if a pattern matches nothing or a leaf is not covered.
   """
-  leaf_names = names(tree)
-  check_patterns([pattern for pattern, _ in patterns], leaf_names)
+  known = names(tree) if known is None else known
+  check_patterns([pattern for pattern, _ in patterns], known)
 
   def value_of(name, _):
     index = first_match(name, patterns)
     if index is None:
-      raise UsageError(
-        f'no pattern gives {name!r} a {what}; end the list with (".*", ...)'
-      )
+      raise UsageError(uncovered(name, what))
     return patterns[index][1]
 
   return map_with_name(value_of, tree)

@@ -5,11 +5,35 @@ leaf costs no gradient, no optimiser state and no share of a clipping norm.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fmeta import tree
 from fmeta.types import ModelState, Params, Tuning, merged
+
+
+def is_moving(
+  path: Sequence[str], moving: Sequence[str], still: Sequence[str]
+) -> bool:
+  """Whether the module at `path` belongs to what is trained.
+
+  A module without parameters of its own follows the nearest module around it
+  that has some.
+
+  Args:
+    path: names from the outermost module to this one.
+    moving: names of the trainable leaves.
+    still: names of the frozen leaves.
+  """
+  path = list(path)
+  while path:
+    prefix = '/'.join(path) + '/'
+    if any(leaf.startswith(prefix) for leaf in moving):
+      return True
+    if any(leaf.startswith(prefix) for leaf in still):
+      return False
+    path.pop()
+  return bool(moving)
 
 
 def keep_under(
@@ -17,8 +41,7 @@ def keep_under(
 ) -> ModelState:
   """Lets a statistic move only when its module has a trainable parameter.
 
-  A module without parameters of its own follows the nearest module around it
-  that has some. Leaves of `old` and `new` are named
+  See `is_moving`. Leaves of `old` and `new` are named
   `<collection>/<module path>/<statistic>`.
   """
   if not frozen or not new:
@@ -26,15 +49,7 @@ def keep_under(
   moving, still = tree.names(trainable), tree.names(frozen)
 
   def moves(name):
-    path = name.split('/')[1:-1]
-    while path:
-      prefix = '/'.join(path) + '/'
-      if any(leaf.startswith(prefix) for leaf in moving):
-        return True
-      if any(leaf.startswith(prefix) for leaf in still):
-        return False
-      path.pop()
-    return True
+    return is_moving(name.split('/')[1:-1], moving, still)
 
   return tree.map_with_name(
     lambda name, before, after: after if moves(name) else before, old, new

@@ -70,9 +70,7 @@ def run(config: Config, context) -> dict:
   model_forward = forward(model, ('x',))
   loss = fmeta.supervised(model_forward, fmeta.squared_error)
   how = fmeta.first_order() if config.first_order else fmeta.gradients.plain
-  inner = fmeta.finetune(
-    loss, optim.sgd(config.inner_lr), value_and_grad=how
-  )
+  inner = fmeta.finetune(loss, optim.sgd(config.inner_lr), value_and_grad=how)
   meta_loss = fmeta.episode_loss(inner, loss, config.inner_steps)
   learner = fmeta.finetune(meta_loss, optim.adam(config.outer_lr))
 

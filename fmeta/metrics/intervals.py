@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from fmeta.metrics.checks import same_length, vector
 
-_COUNTS_PER_CHUNK = 4_000_000  # 32 MB of int64 resampling counts at a time.
+_DRAWS_PER_CHUNK = 1_000_000  # 8 MB of drawn group indices at a time.
 
 
 class Interval(NamedTuple):
@@ -102,16 +102,14 @@ def _group_totals(values, groups) -> tuple[np.ndarray, np.ndarray]:
 
 def _resampled_means(sums, sizes, seed, num_resamples) -> np.ndarray:
   """Ratio estimates [num_resamples] over groups drawn with replacement."""
-  # How often each of G groups is drawn in G draws is multinomial: one matrix
-  # product per chunk instead of gathering examples.
+  # Gathering group totals takes a third (400 groups) to a seventh (4,500) of
+  # the CPU time of multinomial counts: those pay a binomial per entry.
   rng = np.random.default_rng(seed)
   num_groups = len(sums)
-  totals = np.stack([sums, sizes], axis=1)
-  shares = np.full(num_groups, 1 / num_groups)
-  chunk = max(1, _COUNTS_PER_CHUNK // num_groups)
+  chunk = max(1, _DRAWS_PER_CHUNK // num_groups)
   means = []
   for start in range(0, num_resamples, chunk):
-    rows = min(chunk, num_resamples - start)
-    drawn = rng.multinomial(num_groups, shares, size=rows) @ totals
-    means.append(drawn[:, 0] / drawn[:, 1])
+    shape = (min(chunk, num_resamples - start), num_groups)
+    drawn = rng.integers(num_groups, size=shape)
+    means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
   return np.concatenate(means)

@@ -66,7 +66,7 @@ _RULES = tuple(
 )
 
 # Union -> class, where one member contains the others.
-_CONTAINED = {
+_CONTAINED: dict[frozenset[str | None], str] = {
   frozenset({'array', 'scalar'}): 'array',
   frozenset({'array', 'float'}): 'array',
   frozenset({'array', 'int'}): 'array',

@@ -16,6 +16,11 @@ from typing import NamedTuple
 # results and are left out.
 SECTIONS = ('Parameters', 'Other Parameters', 'Attributes')
 
+# Spaces only: with `\s`, which matches newlines too, this turns quadratic.
+_TITLED = re.compile(
+  rf'^[ \t]*(?:{"|".join(SECTIONS)})[ \t]*\n[ \t]*(?:---|===)', re.MULTILINE
+)
+_UNDERLINE = re.compile(r'\s*(?:-{3,}|={3,})\s*')
 _ENTRY = re.compile(r'(?P<names>[*\w, `.]+?)\s*:\s+(?P<type>\S.*)')
 _OPENING, _CLOSING = '([{', ')]}'
 
@@ -35,13 +40,15 @@ def source_entries(source: str) -> Iterator[Entry]:
   theirs with `add_newdoc(name, text)` and pandas keeps shared ones in
   variables.
   """
+  if not _TITLED.search(source):  # most modules; parsing is what costs
+    return
   with warnings.catch_warnings():
     # Invalid escapes in somebody else's literals are not ours to report.
     warnings.simplefilter('ignore')
     tree = ast.parse(source)
   for node in ast.walk(tree):
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-      if '---' in node.value:
+      if _TITLED.search(node.value):
         yield from entries(node.value)
 
 
@@ -57,8 +64,7 @@ def _sections(lines: list[str]) -> Iterator[tuple[int, int]]:
   titles = [
     row
     for row in range(len(lines) - 1)
-    if lines[row].strip()
-    and re.fullmatch(r'\s*(-{3,}|={3,})\s*', lines[row + 1])
+    if lines[row].strip() and _UNDERLINE.fullmatch(lines[row + 1])
   ]
   for title, after in pairwise([*titles, len(lines)]):
     if lines[title].strip() in SECTIONS:

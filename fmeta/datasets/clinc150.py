@@ -1,0 +1,181 @@
+"""clinc150: 150 intents of ten domains, and questions out of scope.
+
+Larson et al. (2019), EMNLP D19-1131; `data_full.json` and `domains.json` of
+the authors' repository, whose sha256 (at commit 828f809) are recorded. One
+text stands in two splits; it is left as published.
+
+`few_shot` and `episodic_folds` read two public sets of choices among these
+examples from a local copy: the 5- and 10-shot files of
+Few-Shot-Intent-Detection and the five folds of disjoint intents of ProtAugment
+(Dopierre et al. 2021, 2105.12995).
+"""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from fmeta.datasets import base
+from fmeta.errors import UsageError
+
+_URL = 'https://raw.githubusercontent.com/clinc/oos-eval/master/data/'
+
+NUM_INTENTS = 150
+OUT_OF_SCOPE = NUM_INTENTS  # the label of out-of-scope texts
+
+_SPLITS = {
+  'train': 'train',
+  'validation': 'val',
+  'test': 'test',
+  'oos_train': 'oos_train',
+  'oos_validation': 'oos_val',
+  'oos_test': 'oos_test',
+}
+
+
+class Clinc150(base.Dataset):
+  """Requests to an assistant, their intents and the domains of those."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  FEATURES = {
+    'text': tfds.features.Text(),
+    'intent': tfds.features.Text(),
+    'domain': tfds.features.Text(),
+    'label': tfds.features.ClassLabel(num_classes=NUM_INTENTS + 1),
+  }
+  RAW = {
+    'data_full.json': base.RawFile(
+      _URL + 'data_full.json',
+      2495390,
+      '36923c3705a59e08fe9c3883d8bc2dd966ef93e22cb78ac41171782a698d56e0',
+    ),
+    'domains.json': base.RawFile(
+      _URL + 'domains.json',
+      3818,
+      'b947b579d3b8e74b06f93b01083d8efaff2888b43a3e362533bd88a6e1211b3a',
+    ),
+  }
+
+  def rows(self, files):
+    """Examples in the order of the file; intents numbered by name."""
+    data = json.loads(files['data_full.json'].read_text('utf-8'))
+    domains = json.loads(files['domains.json'].read_text('utf-8'))
+    domain = {name: key for key, names in domains.items() for name in names}
+    label = {name: index for index, name in enumerate(sorted(domain))}
+    return {
+      split: [
+        {
+          'text': text,
+          'intent': intent,
+          'domain': domain.get(intent, 'oos'),
+          'label': label.get(intent, OUT_OF_SCOPE),
+        }
+        for text, intent in data[key]
+      ]
+      for split, key in _SPLITS.items()
+    }
+
+
+def load(
+  data_dir: base.PathLike | None = None,
+  *,
+  cache_dir: base.PathLike | None = None,
+) -> dict[str, base.Columns]:
+  """Loads CLINC150.
+
+  Args:
+    data_dir: folder with `data_full.json` and `domains.json`, or with a
+      `clinc150/` that holds them; else they are downloaded.
+    cache_dir: where records are kept, see `fmeta.datasets.base`.
+
+  Returns:
+    'train' (15,000), 'validation' (3,000), 'test' (4,500), 'oos_train' (100),
+    'oos_validation' (100), 'oos_test' (1,000) -> `text`, `intent`, `domain`
+    object [N]; `label` int32 [N], 0-149 in the order of the intents' names,
+    150 out of scope.
+
+  Raises:
+    UsageError: if a file is altered, or neither there nor to be downloaded.
+  """
+  return base.load(Clinc150(data_dir, cache_dir))
+
+
+def few_shot(
+  splits: dict[str, base.Columns],
+  shots: int,
+  data_dir: base.PathLike | None = None,
+) -> base.Columns:
+  """The published training set of 5 or 10 examples per intent.
+
+  Args:
+    splits: what `load` gave; it says which label an intent has.
+    shots: 5 or 10.
+    data_dir: folder with `few_shot/train_<shots>`, or with a `clinc150/` that
+      holds it. Default: `$FMETA_DATA_DIR`.
+
+  Returns:
+    `text`, `intent`, `domain` object [150 * shots], `label` int32.
+
+  Raises:
+    UsageError: if there is no such file.
+  """
+  folder = _local(f'few_shot/train_{shots}', data_dir)
+  train = splits['train']
+  first = dict(zip(train['intent'], range(len(train['intent'])), strict=True))
+  texts = (folder / 'seq.in').read_text('utf-8').splitlines()
+  intents = (folder / 'label').read_text('utf-8').splitlines()
+  rows = np.array([first[intent] for intent in intents])
+  return {
+    'text': np.array(texts, dtype=object),
+    **{key: train[key][rows] for key in ('intent', 'domain', 'label')},
+  }
+
+
+def episodic_folds(
+  splits: dict[str, base.Columns],
+  fold: int,
+  data_dir: base.PathLike | None = None,
+) -> dict[str, base.Columns]:
+  """All examples, split by the disjoint intents of one of five folds.
+
+  Args:
+    splits: what `load` gave; train, validation and test are pooled.
+    fold: 1 to 5.
+    data_dir: folder with `episodic/<fold>`, or with a `clinc150/` that holds
+      it. Default: `$FMETA_DATA_DIR`.
+
+  Returns:
+    'train', 'validation', 'test' -> the columns of `load`, 50 intents with
+    150 examples each.
+
+  Raises:
+    UsageError: if there is no such fold.
+  """
+  folder = _local(f'episodic/{fold:02d}', data_dir)
+  names = ('train', 'validation', 'test')
+  pooled = {
+    key: np.concatenate([splits[name][key] for name in names])
+    for key in splits['train']
+  }
+  files = dict(zip(names, ('train', 'valid', 'test'), strict=True))
+  out = {}
+  for name, file in files.items():
+    intents = (folder / f'labels.{file}.txt').read_text('utf-8').split()
+    chosen = np.isin(pooled['intent'].astype(str), intents)
+    out[name] = {key: column[chosen] for key, column in pooled.items()}
+  return out
+
+
+def _local(name: str, data_dir: base.PathLike | None) -> pathlib.Path:
+  data_dir = data_dir or os.environ.get('FMETA_DATA_DIR')
+  path = base.find(
+    pathlib.Path(data_dir).expanduser() if data_dir else None, 'clinc150', name
+  )
+  if path is None:
+    raise UsageError(
+      f'clinc150: {name} is not in {data_dir or "any local copy"}; give the '
+      'folder that holds it as --data_dir=FOLDER'
+    )
+  return path
