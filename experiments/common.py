@@ -22,11 +22,10 @@ class Seeds:
 
 
 def placement(context: Context) -> dict[str, Any]:
-  """Keyword arguments of `fit` that put state and batches on the mesh."""
+  """The keyword arguments of `fit` for the mesh that was asked for."""
   if not context.mesh:
     return {}
-  mesh = sharding.make_mesh(sharding.parse_mesh(context.mesh))
-  return sharding.fit_placement(mesh)
+  return {'mesh': sharding.make_mesh(sharding.parse_mesh(context.mesh))}
 
 
 def fit_options(context: Context) -> dict[str, Any]:
