@@ -54,9 +54,10 @@ def _closed_forms(t, episodes):
   out = {'maml': [], 'fomaml': [], 'reptile': []}
   tasks = episodes['support']['c'].shape[0]
   for k in range(tasks):
-    s, q = (jax.tree.map(lambda x, k=k: x[k], episodes[p]) for p in episodes)
-    if 'support' != list(episodes)[0]:
-      s, q = q, s
+    s, q = (
+      jax.tree.map(lambda x, k=k: x[k], episodes[part])
+      for part in ('support', 'query')
+    )
     power = np.linalg.matrix_power(np.eye(3) - RATE * s['A'], STEPS)
     adapted = s['c'] + power @ (t - s['c'])
     query = q['A'] @ (adapted - q['c'])
