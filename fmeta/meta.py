@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fmeta import tree
 from fmeta.errors import UsageError
-from fmeta.learner import adapt
+from fmeta.learner import adapt, finetune
 from fmeta.types import (
   Array,
   Aux,
@@ -193,3 +194,83 @@ def predict_episodes(
     return _per_task(one, over, episodes, rng)
 
   return predict
+
+
+def check_meta_safe(
+  optimizer: optax.GradientTransformation, *, num_steps: int = 8
+) -> None:
+  """Refuses an optimiser through which a meta-gradient is wrong.
+
+  An inner loop is differentiated, and so is its optimiser. Some divide by a
+  norm or take a root that has no derivative at an exactly zero gradient,
+  which is common: LoRA's B = 0 gives A no gradient, and a zero head gives the
+  body none. This measures it: `num_steps` updates are differentiated in
+  float64 with respect to parameters and gradients, and compared with central
+  differences (h = 1e-7, small beside the root of an `eps_root` of 1e-8), at a
+  random point, at exactly zero gradients and at a zero parameter.
+
+  Args:
+    optimizer: closed over concrete numbers, not tracers.
+    num_steps: updates; 8 reaches the second phase of RAdam.
+
+  Raises:
+    UsageError: naming the point and both numbers.
+  """
+
+  def loss_fn(params, model_state, batch, rng):
+    terms = jax.tree.map(lambda p, g: jnp.sum(p * g), params, batch)
+    value = sum(jax.tree.leaves(terms), jnp.zeros(()))
+    return value, Aux(model_state, {}, jnp.ones(()))
+
+  learner = finetune(loss_fn, optimizer)
+
+  def moved(params, grads):
+    # Gradients differ between steps, or Adam's would cancel.
+    state, _ = adapt(
+      learner,
+      learner.init(params, jax.random.key(INIT)),
+      lambda i: jax.tree.map(lambda g: g * (1 + 0.3 * jnp.cos(i)), grads),
+      jax.random.key(ADAPT),
+      num_steps=num_steps,
+    )
+    return jax.tree.map(jnp.subtract, state.trainable, params)
+
+  with jax.enable_x64(True):
+    update = jax.jit(moved)
+    tangent = jax.jit(lambda x, d: jax.jvp(moved, x, d)[1])
+    for where, point, direction in _probe_points():
+      ends = [
+        update(*jax.tree.map(lambda x, d, h=h: x + h * d, point, direction))
+        for h in (1e-7, -1e-7)
+      ]
+      measured = jax.tree.map(lambda x, y: (x - y) / 2e-7, *ends)
+      slope = tangent(point, direction)
+      gap = float(optax.tree.norm(jax.tree.map(jnp.subtract, slope, measured)))
+      scale = float(optax.tree.norm(measured) + optax.tree.norm(ends[0]))
+      if not gap <= 1e-3 * scale + 1e-8:
+        raise UsageError(
+          f'this optimiser has a wrong derivative {where}: '
+          f'{float(optax.tree.norm(slope)):.3g} where differences measure '
+          f'{float(optax.tree.norm(measured)):.3g}; in an inner loop use sgd '
+          'without clipping, or adam with eps_root=1e-8'
+        )
+
+
+def _probe_points():
+  keys = iter(jax.random.split(jax.random.key(0), 8))
+
+  def draw():
+    return {
+      'a': jax.random.normal(next(keys), (3, 2), 'float64'),
+      'b': jax.random.normal(next(keys), (2,), 'float64'),
+    }
+
+  params, grads, direction = draw(), draw(), (draw(), draw())
+  zero = jnp.zeros_like(params['b'])
+  nothing = jax.tree.map(jnp.zeros_like, grads)
+  yield 'at a random point', (params, grads), direction
+  point = (params, {**grads, 'b': zero})
+  yield 'where one gradient is exactly zero', point, direction
+  yield 'where all gradients are zero', (params, nothing), direction
+  point = ({**params, 'b': zero}, grads)
+  yield 'where a parameter is zero', point, direction

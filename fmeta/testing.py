@@ -35,7 +35,7 @@ def check_learner(
 ) -> None:
   """Asserts the properties that everything in fmeta relies on.
 
-  A loop of jitted steps equals `adapt` bitwise; `vmap` over two keys equals
+  A loop of jitted steps equals `adapt` bitwise; `vmap` over two copies equals
   each alone; all steps share one trace; frozen leaves stay bitwise the same;
   a state written to numpy and back continues bitwise; donating all but the
   frozen leaves changes nothing and no buffer is donated twice. With
@@ -59,8 +59,8 @@ def check_learner(
   """
   rng = jax.random.key(20)
   batch = jax.tree.map(jnp.asarray, dict(batch))
-  start = jax.jit(learner.init)(params, jax.random.key(21), model_state)
-  step, traces = _counted(learner.step)
+  start = learner.init(params, jax.random.key(21), model_state)
+  step, traces = _donating(learner)
   states = _run(step, start, batch, rng, num_steps)
   assert len(traces) == 1, (
     f'one trace: {num_steps} steps took {len(traces)}; does a dtype, weak '
@@ -78,28 +78,30 @@ def check_learner(
   restored = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, states[1]))
   resumed = _run(step, restored, batch, rng, num_steps - 1)[-1]
   assert_same(last, resumed, 'save, restore, continue')
-  check_donation(learner, start, batch, rng, states[2])
-  check_vmap(step, start, batch, rng, vmap_tolerance)
+  check_donation(step, start, batch, rng, states[2])
+  check_vmap(learner, start, states[1], batch, rng, vmap_tolerance)
   if mesh is not None:
     check_mesh(step, start, batch, rng, states[1], mesh)
   if meta_loss is not None:
     check_meta_gradient(learner, params, batch, meta_loss, num_steps=num_steps)
 
 
-def _counted(step):
+def _donating(learner):
+  """The jitted step, donating all but the frozen leaves, and its traces."""
   traces = []
 
-  def counting(state, batch, rng):
-    traces.append(state)
-    return step(state, batch, rng)
+  def step(movable, frozen, batch, rng):
+    traces.append(movable)
+    return learner.step(movable.replace(frozen=frozen), batch, rng)[0]
 
-  return jax.jit(counting), traces
+  return jax.jit(step, donate_argnums=0), traces
 
 
 def _run(step, state, batch, rng, num_steps) -> list[TrainState]:
   states = [state]
   for _ in range(num_steps):
-    state, _ = step(state, batch, rng)
+    movable = jax.tree.map(jnp.copy, state.replace(frozen={}))
+    state = step(movable, state.frozen, batch, rng)
     states.append(state)
   return states
 
@@ -147,26 +149,21 @@ def _gap(x, y) -> str:
 
 
 def check_donation(
-  learner: Learner,
+  step: Callable,
   start: TrainState,
   batch: Batch,
   rng: Array,
   expected: TrainState,
 ) -> None:
-  """Two steps that donate all but the frozen leaves equal `expected`."""
-
-  def step(movable, frozen, batch, rng):
-    state, _ = learner.step(movable.replace(frozen=frozen), batch, rng)
-    return state.replace(frozen={})
-
-  donating = jax.jit(step, donate_argnums=0)
-  # The check of `init`: a run donates what `init` returned.
+  """Two steps that reuse the state's own buffers equal `expected`."""
+  # A run donates what `init` returned.
   _no_shared_buffers(start, 'donation of a fresh state')
-  movable = jax.tree.map(jnp.copy, start.replace(frozen={}))
+  # The parameters themselves stay the caller's.
+  state = jax.tree.map(jnp.copy, start)
   for _ in range(2):
-    _no_shared_buffers(movable, 'donation')
-    movable = donating(movable, start.frozen, batch, rng)
-  assert_same(expected.replace(frozen={}), movable, 'donation')
+    _no_shared_buffers(state, 'donation')
+    state = step(state.replace(frozen={}), state.frozen, batch, rng)
+  assert_same(expected, state, 'donation')
 
 
 def _no_shared_buffers(state, what):
@@ -182,24 +179,23 @@ def _no_shared_buffers(state, what):
 
 
 def check_vmap(
-  step: Callable,
+  learner: Learner,
   start: TrainState,
+  expected: TrainState,
   batch: Batch,
   rng: Array,
   tolerance: float,
 ) -> None:
-  """A step vmapped over two keys equals the step with each key."""
-  keys = jnp.stack([rng, jax.random.fold_in(rng, 1)])
+  """A step vmapped over two copies equals the step alone, for each."""
   axes = TrainState(0, 0, None, 0, 0, 0, 0)  # pyright: ignore
-  twice = jax.tree.map(
-    lambda x: jnp.stack([x, x]), start.replace(frozen={})
-  ).replace(frozen=start.frozen)
-  vmapped = jax.jit(jax.vmap(step, (axes, None, 0), (axes, 0)))
-  both, _ = vmapped(twice, batch, keys)
+  twice = jax.tree.map(lambda x: jnp.stack([x, x]), start.replace(frozen={}))
+  step = jax.vmap(learner.step, (axes, None, None), (axes, 0))
+  both, _ = jax.jit(step)(twice.replace(frozen=start.frozen), batch, rng)
   for k in range(2):
-    one, _ = step(start, batch, keys[k])
     mine = jax.tree.map(lambda x, k=k: x[k], both.replace(frozen={}))
-    assert_close(one.replace(frozen={}), mine, 'vmap = alone', tolerance)
+    assert_close(
+      expected.replace(frozen={}), mine, f'vmap, copy {k}', tolerance
+    )
 
 
 def check_mesh(
@@ -215,8 +211,10 @@ def check_mesh(
   spec = jax.sharding.PartitionSpec
   everywhere = jax.sharding.NamedSharding(mesh, spec())
   by_row = jax.sharding.NamedSharding(mesh, spec('data'))
-  found, _ = step(
-    jax.device_put(start, everywhere),
+  start = jax.device_put(jax.tree.map(jnp.copy, start), everywhere)
+  found = step(
+    start.replace(frozen={}),
+    start.frozen,
     jax.device_put(batch, by_row),
     jax.device_put(rng, everywhere),
   )
@@ -254,7 +252,7 @@ def check_meta_gradient(
   """
   with jax.enable_x64(True):
     params, support = jax.tree.map(_double, (params, dict(batch)))
-    query = support if query is None else jax.tree.map(_double, dict(query))
+    asked = support if query is None else jax.tree.map(_double, dict(query))
 
     def objective(params):
       state = learner.init(params, jax.random.key(21))
@@ -266,7 +264,7 @@ def check_meta_gradient(
         num_steps=num_steps,
       )
       with learner.using(state) as adapted:
-        return loss_fn(adapted, state.model_state, query, None)[0]
+        return loss_fn(adapted, state.model_state, asked, None)[0]
 
     return check_gradient(objective, params, rtol=rtol)
 

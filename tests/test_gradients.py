@@ -100,7 +100,9 @@ def test_model_state_passes_through_the_microbatches_in_order():
     )
   )
   x = {'x': jnp.asarray([1.0, 2.0, 3.0, 4.0])}
-  (_, aux), grads = fun({'p': 3.0}, {}, {'ema': jnp.asarray(2.0)}, x, KEY)
+  (_, aux), grads = fun(
+    {'p': jnp.asarray(3.0)}, {}, {'ema': jnp.asarray(2.0)}, x, KEY
+  )
   assert aux.model_state['ema'] == 0.5 * (0.5 * 2 + 3) + 7
   assert grads['p'] == 6.0
 

@@ -1,0 +1,267 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+from fmeta import adapters, gradients, meta, optim, tree, tuning
+from fmeta.errors import UsageError
+from fmeta.learner import adapt, finetune
+from fmeta.testing import assert_close
+from fmeta.types import Aux
+
+KEY = jax.random.key(14)
+RATE, STEPS = 0.1, 3
+
+
+def _quadratic(params, model_state, batch, rng):
+  """(t - c)' A (t - c) / 2."""
+  offset = params['t'] - batch['c']
+  value = 0.5 * offset @ batch['A'] @ offset
+  return value, Aux(model_state, {}, jnp.ones((), value.dtype))
+
+
+def _symmetric(random, n=3):
+  root = random.normal(size=(n, n))
+  return jnp.asarray(root @ root.T / n + np.eye(n))
+
+
+def _episodes(tasks):
+  random = np.random.default_rng(2)
+  parts = [
+    {
+      part: {'A': _symmetric(random), 'c': jnp.asarray(random.normal(size=3))}
+      for part in ('support', 'query')
+    }
+    for _ in range(tasks)
+  ]
+  return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+
+def _inner(value_and_grad=gradients.plain, rate=RATE):
+  return finetune(_quadratic, optim.sgd(rate), value_and_grad=value_and_grad)
+
+
+def _grad(loss_fn, params, episodes, rng=None):
+  return jax.jit(lambda p, e: jax.grad(lambda p: loss_fn(p, {}, e, rng)[0])(p))(
+    params, episodes
+  )
+
+
+def _closed_forms(t, episodes):
+  """MAML, FOMAML and Reptile by linear algebra, a task at a time."""
+  out = {'maml': [], 'fomaml': [], 'reptile': []}
+  tasks = episodes['support']['c'].shape[0]
+  for k in range(tasks):
+    s, q = (
+      jax.tree.map(lambda x, k=k: x[k], episodes[part])
+      for part in ('support', 'query')
+    )
+    power = np.linalg.matrix_power(np.eye(3) - RATE * s['A'], STEPS)
+    adapted = s['c'] + power @ (t - s['c'])
+    query = q['A'] @ (adapted - q['c'])
+    out['maml'].append(power.T @ query)
+    out['fomaml'].append(query)
+    out['reptile'].append((np.eye(3) - power) @ (t - s['c']))
+  return {name: np.mean(values, 0) for name, values in out.items()}
+
+
+@pytest.mark.parametrize('name', ['maml', 'fomaml', 'reptile'])
+def test_quadratic_episodes_have_their_closed_forms(name, x64):
+  losses = {
+    'maml': meta.episode_loss(_inner(), _quadratic, STEPS),
+    'fomaml': meta.episode_loss(
+      _inner(gradients.first_order()), _quadratic, STEPS
+    ),
+    'reptile': meta.reptile_loss(_inner(), STEPS),
+  }
+  episodes, t = _episodes(4), jnp.asarray([1.0, -2.0, 0.5])
+  expected = _closed_forms(t, episodes)[name]
+  found = _grad(losses[name], {'t': t}, episodes)['t']
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_reptile_step_moves_towards_the_adapted_weights(x64):
+  episodes, params = _episodes(2), {'t': jnp.asarray([1.0, -2.0, 0.5])}
+  outer = finetune(meta.reptile_loss(_inner(), STEPS), optim.sgd(0.25))
+  after, aux = outer.step(outer.init(params, KEY), episodes, KEY)
+  adapted = []
+  for k in range(2):
+    support = jax.tree.map(lambda x, k=k: x[k], episodes['support'])
+    learner = _inner()
+    state, _ = adapt(
+      learner,
+      learner.init(params, KEY),
+      lambda _, support=support: support,
+      KEY,
+      num_steps=STEPS,
+    )
+    adapted.append(state.trainable['t'])
+  towards = params['t'] + 0.25 * (np.mean(adapted, 0) - params['t'])
+  np.testing.assert_allclose(after.trainable['t'], towards, rtol=1e-12)
+  assert aux.weight == 2
+
+
+def test_zero_inner_steps_are_plain_training(x64):
+  episodes, params = _episodes(3), {'t': jnp.asarray([1.0, -2.0, 0.5])}
+  found = _grad(meta.episode_loss(_inner(), _quadratic, 0), params, episodes)
+  query = episodes['query']
+  plain = [query['A'][k] @ (params['t'] - query['c'][k]) for k in range(3)]
+  np.testing.assert_allclose(found['t'], np.mean(plain, 0), rtol=1e-12)
+
+
+def test_chunks_and_the_order_of_tasks_change_nothing(x64):
+  episodes, params = _episodes(5), {'t': jnp.asarray([1.0, -2.0, 0.5])}
+  loss = meta.episode_loss(_inner(), _quadratic, STEPS)
+  chunked = meta.episode_loss(
+    _inner(), _quadratic, STEPS, over=meta.in_chunks(2)
+  )
+  expected = _grad(loss, params, episodes)
+  shuffled = jax.tree.map(lambda x: x[jnp.asarray([3, 1, 4, 0, 2])], episodes)
+  assert_close(expected, _grad(chunked, params, episodes), 'chunks', 1e-12)
+  assert_close(expected, _grad(loss, params, shuffled), 'order', 1e-12)
+
+
+def test_maml_of_accumulated_episodes_is_maml(x64):
+  episodes, params = _episodes(4), {'t': jnp.asarray([1.0, -2.0, 0.5])}
+  loss = meta.episode_loss(_inner(), _quadratic, STEPS)
+  outer = finetune(loss, optim.sgd(1.0), value_and_grad=gradients.accumulate(2))
+  after, _ = outer.step(outer.init(params, KEY), episodes, KEY)
+  expected = params['t'] - _closed_forms(params['t'], episodes)['maml']
+  np.testing.assert_allclose(after.trainable['t'], expected, rtol=1e-12)
+
+
+def test_a_learned_rate_has_its_closed_form(x64):
+  # One step: L(a) = loss(t - a g), so dL/da = -g' B (t_1 - d).
+  episodes, t = _episodes(1), jnp.asarray([1.0, -2.0, 0.5])
+  loss = meta.episode_loss(
+    lambda hyper: _inner(rate=hyper['rate']), _quadratic, 1
+  )
+  params = {'model': {'t': t}, 'hyper': {'rate': jnp.asarray(RATE)}}
+  found = _grad(loss, params, episodes)['hyper']['rate']
+  s, q = (
+    jax.tree.map(lambda x: x[0], episodes[part])
+    for part in ('support', 'query')
+  )
+  g = s['A'] @ (t - s['c'])
+  expected = -g @ (q['A'] @ (t - RATE * g - q['c']))
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def _lora_problem(optimizer, dropout=0.0):
+  loss_fn, params, _, forward = toys.problem(dropout=dropout, sizes=(4,))
+  matrices = 'body/.*/kernel'
+  params = adapters.lora_init(params, KEY, (matrices,), 2)
+  lora = adapters.lora(matrices, rank=2, also=('head/.*',))
+  inner = finetune(loss_fn, optimizer, tuning=lora)
+  episode = {
+    'support': toys.batch_of(4, seed=1),
+    'query': toys.batch_of(5, seed=2),
+  }
+  episodes = jax.tree.map(lambda x: x[None], episode)
+  return inner, loss_fn, params, episodes, forward
+
+
+@pytest.mark.parametrize('eps_root', [0.0, 1e-8])
+def test_adam_on_fresh_factors_needs_eps_root(eps_root):
+  # B = 0, so A's inner gradient is exactly zero: the documented trap.
+  inner, loss_fn, params, episodes, _ = _lora_problem(
+    optim.adam(0.01, eps_root=eps_root)
+  )
+  grads = _grad(meta.episode_loss(inner, loss_fn, 2), params, episodes)
+  factor = tree.get(grads, 'body/layer_0/kernel.lora_a')
+  if eps_root:
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    assert np.any(factor != 0)
+  else:
+    assert np.any(np.isnan(factor))
+
+
+def test_sgd_survives_a_support_set_of_padding():
+  # All gradients exactly zero: the norms that the step logs must not leak
+  # their undefined derivative.
+  inner, loss_fn, params, episodes, _ = _lora_problem(optim.sgd(0.1))
+  episodes['support']['weight'] = jnp.zeros((1, 4))
+  grads = _grad(meta.episode_loss(inner, loss_fn, 2), params, episodes)
+  assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+
+
+def test_first_order_is_the_query_gradient_at_the_adapted_weights(x64):
+  loss_fn, params, _, _ = toys.problem()
+  params = toys.double(params)
+  support, query = toys.double((toys.batch_of(4), toys.batch_of(5, seed=1)))
+  learner = finetune(
+    loss_fn,
+    optim.adam(0.01),
+    tuning=tuning.select('head/.*'),
+    value_and_grad=gradients.first_order(),
+  )
+  state, _ = adapt(
+    learner, learner.init(params, KEY), lambda _: support, KEY, num_steps=2
+  )
+  adapted = learner.params(state)
+  expected = jax.grad(lambda p: loss_fn(p, {}, query, None)[0])(adapted)
+  episodes = jax.tree.map(
+    lambda x: x[None], {'support': support, 'query': query}
+  )
+  found = _grad(meta.episode_loss(learner, loss_fn, 2), params, episodes)
+  assert_close(expected, found, 'FOMAML', 1e-12)
+
+
+def test_predictions_are_those_of_the_adapted_model():
+  inner, loss_fn, params, episodes, forward = _lora_problem(
+    optim.sgd(0.1), dropout=0.4
+  )
+  predict = jax.jit(meta.predict_episodes(inner, forward, 2))
+  outputs = predict(params, episodes, KEY)
+  loss = meta.episode_loss(inner, loss_fn, 2)
+  assert outputs.shape == (1, 5, 3)
+  # Without a key all is fixed, in the loss and in the prediction.
+  _, aux = jax.jit(lambda p, e: loss(p, {}, e, None))(params, episodes)
+  same = jax.jit(lambda p, e: meta.predict_episodes(inner, forward, 2)(
+    p, e, None
+  ))(params, episodes)  # fmt: skip
+  np.testing.assert_allclose(aux.outputs, same, rtol=1e-5, atol=1e-6)
+  start = meta.predict_episodes(inner, forward, 0)(params, episodes, KEY)
+  assert np.any(start != outputs)
+
+
+def test_reptile_refuses_factors_that_it_cannot_move():
+  loss_fn, params, batch, _ = toys.problem()
+  lora = adapters.lora('body/.*/kernel', rank=2)
+  inner = finetune(loss_fn, optim.sgd(0.1), tuning=lora)
+  episodes = jax.tree.map(lambda x: x[None], {'support': batch})
+  with pytest.raises(UsageError, match='lora_a.* is no outer parameter'):
+    meta.reptile_loss(inner, 1)(params, {}, episodes, KEY)
+
+
+SAFE = {
+  'sgd': lambda: optim.sgd(0.1),
+  'momentum': lambda: optim.sgd(0.1, momentum=0.9),
+  'adam eps_root': lambda: optim.adam(0.01, eps_root=1e-8),
+  'adamw eps_root': lambda: optim.adamw(0.01, eps_root=1e-8, clip_norm=None),
+  'adagrad': lambda: optax.adagrad(0.1),
+}
+UNSAFE = {
+  'adam': lambda: optim.adam(0.01),
+  'adamw, clipped': lambda: optim.adamw(0.01, eps_root=1e-8),
+  'sgd, clipped': lambda: optim.sgd(0.1, clip_norm=1.0),
+  'lamb': lambda: optax.lamb(0.01),
+  'lars': lambda: optax.lars(0.1),
+  'radam': lambda: optax.radam(0.01),
+  'adaptive clipping': lambda: optax.chain(
+    optax.adaptive_grad_clip(0.1), optax.sgd(0.1)
+  ),
+}
+
+
+@pytest.mark.parametrize('name', SAFE)
+def test_meta_safe_optimisers_pass(name):
+  meta.check_meta_safe(SAFE[name]())
+
+
+@pytest.mark.parametrize('name', UNSAFE)
+def test_meta_unsafe_optimisers_are_refused_with_the_reason(name):
+  with pytest.raises(UsageError, match='wrong derivative .* eps_root=1e-8'):
+    meta.check_meta_safe(UNSAFE[name]())
