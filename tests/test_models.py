@@ -38,12 +38,21 @@ def text_batch(rows=3, length=8):
   return {'input_ids': ids * mask, 'attention_mask': mask}
 
 
+def random_params(module):
+  """By numpy: compiling jax's generators for every shape takes seconds."""
+  shapes = jax.eval_shape(module.init, jax.random.key(0), **text_batch())
+  assert set(shapes) == {'params'}
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: jnp.array(rng.normal(0.0, 0.1, leaf.shape), leaf.dtype),
+    shapes['params'],
+  )
+
+
 @pytest.fixture(scope='module')
 def bert():
   module = BertClassifier(TINY, 5)
-  params, state = models.init(module, jax.random.key(0), text_batch())
-  assert state == {}
-  return module, params
+  return module, random_params(module)
 
 
 # --- BERT -----------------------------------------------------------------
@@ -84,12 +93,6 @@ def test_bert_kernels_are_two_dimensional_in_by_out(bert):
   assert tree.get(params, 'body/layer_0/mlp/up/kernel').shape == (16, 32)
   assert tree.get(params, 'body/layer_0/mlp/down/kernel').shape == (32, 16)
   assert tree.get(params, 'head/kernel').shape == (16, 5)
-
-
-def test_parameters_are_plain_dicts(bert):
-  _, params = bert
-  assert type(params) is dict
-  assert type(params['body']['layer_0']['mlp']) is dict
 
 
 @pytest.mark.parametrize('pooling', ['mean', 'cls'])
@@ -241,17 +244,15 @@ def test_bert_computes_in_the_parameters_precision(bert, x64):
   half, _ = run(narrow, {}, text_batch(), None)
   assert (reference.dtype, half.dtype) == (jnp.float64, jnp.bfloat16)
   np.testing.assert_allclose(single, reference, atol=1e-6)
-  # bfloat16 keeps 8 bits; outputs are of the order of 0.1.
-  np.testing.assert_allclose(np.float32(half), reference, atol=0.02)
+  # bfloat16 keeps 8 bits.
+  np.testing.assert_allclose(np.float32(half), reference, atol=0.05)
 
 
 def test_bert_directional_derivative_in_float64(bert, x64):
   module, params = bert
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-  keys = iter(jax.random.split(jax.random.key(3), 100))
-  step = jax.tree.map(
-    lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype), params
-  )
+  rng = np.random.default_rng(3)
+  step = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
 
   @jax.jit
   def loss(size):
@@ -317,6 +318,7 @@ def test_mlp_is_its_formula():
   module = Mlp((7, 5), 3)
   x = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
   params, state = models.init(module, jax.random.key(0), {'x': x}, ('x',))
+  assert type(params) is dict and type(params['body']) is dict
   assert state == {}
   run = compiled(module, ('x',))
   out, _ = run(params, {}, {'x': x}, None)

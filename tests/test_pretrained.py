@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fmeta import models, pretrained, tree
+from fmeta import pretrained, tree
 from fmeta.errors import UsageError
 from fmeta.models import BertClassifier, BertConfig
 from fmeta.pretrained import load_bert, save_bert
@@ -30,8 +30,12 @@ QUERY = 'encoder.layer.1.attention.self.query.weight'
 def params():
   ids = np.ones((1, 4), np.int32)
   batch = {'input_ids': ids, 'attention_mask': ids}
-  params, _ = models.init(BertClassifier(TINY, 3), KEY, batch)
-  return params
+  shapes = jax.eval_shape(BertClassifier(TINY, 3).init, KEY, **batch)
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+    shapes['params'],
+  )
 
 
 @pytest.fixture
