@@ -85,9 +85,7 @@ def with_prefix(
   ordered = data.take(
     {key: columns[key] for key in ('input_ids', 'length')}, order
   )
-  hidden = np.zeros(
-    (len(order), width, module.config.hidden_size), np.float32
-  )
+  hidden = np.zeros((len(order), width, module.config.hidden_size), np.float32)
   for index, batch in enumerate(eval_batches(ordered)):
     rows = order[index * 64 : (index + 1) * 64]
     states = np.asarray(step(params, batch))[: len(rows)]

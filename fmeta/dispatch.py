@@ -65,6 +65,10 @@ def _stack(held: list[Batch]) -> Batch:
   return jax.tree.map(lambda *xs: np.stack(xs), *held)
 
 
+def _layout(leaf) -> tuple:
+  return leaf.shape, leaf.dtype.name, getattr(leaf, 'sharding', None)
+
+
 class Program:
   """Compiled chunks of `learner.step`, one per (length, batch shapes).
 
@@ -77,20 +81,16 @@ class Program:
     peak_bytes: arguments, outputs and temporaries of the largest chunk.
   """
 
-  def __init__(self, learner: Learner, rng: Array):
+  def __init__(self, learner: Learner):
     self.traces = 0
     self.compile_seconds = 0.0
     self.flops_per_step: float | None = None
     self.peak_bytes: int | None = None
-    self._learner = learner
-    # As host data it belongs to no device, so any mesh of any number of
-    # processes may read it.
-    self._impl = jax.random.key_impl(rng)
-    self._key = np.asarray(jax.random.key_data(rng))
+    self.learner = learner
     self._compiled: dict[Signature, Callable[..., Any]] = {}
 
   def __call__(
-    self, moving: TrainState, frozen: Params, batches: Batch
+    self, moving: TrainState, frozen: Params, batches: Batch, rng: Array
   ) -> tuple[TrainState, dict[str, Array]]:
     """Steps through the stacked batches.
 
@@ -98,27 +98,32 @@ class Program:
       moving: the state without its frozen leaves; donated.
       frozen: the frozen leaves.
       batches: stacked [steps, ...] arrays.
+      rng: root key.
 
     Returns:
       The new moving state and the metrics [steps] of each step.
     """
-    leaves, structure = jax.tree.flatten(batches)
-    key = structure, tuple((x.shape, x.dtype.name) for x in leaves)
+    # As host data the key belongs to no device, so any mesh of any number of
+    # processes may read it.
+    impl = jax.random.key_impl(rng)
+    args = (moving, frozen, batches, np.asarray(jax.random.key_data(rng)))
+    leaves, structure = jax.tree.flatten(args)
+    key = structure, impl, tuple(map(_layout, leaves))
     if key not in self._compiled:
-      self._compiled[key] = self._compile(moving, frozen, batches)
-    return self._compiled[key](moving, frozen, batches, self._key)
+      self._compiled[key] = self._compile(impl, *args)
+    return self._compiled[key](*args)
 
-  def _compile(self, moving, frozen, batches):
+  def _compile(self, impl, moving, frozen, batches, key):
     began = time.perf_counter()
     num_steps = jax.tree.leaves(batches)[0].shape[0]
 
     def run(moving, frozen, batches, key):
       self.traces += 1
       state, metrics = adapt(
-        self._learner,
+        self.learner,
         dataclasses.replace(moving, frozen=frozen),
         lambda i: jax.tree.map(lambda x: x[i], batches),
-        jax.random.wrap_key_data(key, impl=self._impl),
+        jax.random.wrap_key_data(key, impl=impl),
         num_steps=num_steps,
       )
       return dataclasses.replace(state, frozen={}), metrics
@@ -127,7 +132,7 @@ class Program:
     where = jax.tree.map(lambda x: x.sharding, moving)
     # Metrics are scalars per step, replicated like the step's number.
     jitted = jax.jit(run, donate_argnums=0, out_shardings=(where, where.step))
-    compiled = jitted.lower(moving, frozen, batches, self._key).compile()
+    compiled = jitted.lower(moving, frozen, batches, key).compile()
     self._measure(compiled)
     self.compile_seconds += time.perf_counter() - began
     return compiled

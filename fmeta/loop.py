@@ -160,10 +160,11 @@ class Loop:
     stages: Sequence[Stage],
     rng: Array,
     settings: Settings,
+    program: Program | None = None,
   ):
     self.learner, self.stages, self.rng = learner, stages, rng
     self.settings = settings
-    self.program = Program(learner, rng)
+    self.program = program or Program(learner)
     self.kept: Any = None  # the best trainable leaves and model state
     self.told_to_stop = False
     self.pending: tuple[int, dict[str, Array]] | None = None
@@ -252,6 +253,7 @@ class Loop:
       self.moving,
       self.frozen,
       self.settings.place_batches(batches),
+      self.rng,
     )
     self._flush()
     self.pending = (self.progress.step, metrics)

@@ -11,7 +11,7 @@ import optax
 
 from fmeta import tree
 from fmeta.errors import UsageError
-from fmeta.types import Scalar
+from fmeta.types import Scalar, TrainState
 
 Rate = Scalar | optax.Schedule
 
@@ -169,7 +169,7 @@ def layerwise_decay(
 
 
 def warmup_linear(
-  peak: Scalar, num_steps: int, warmup: float = 0.1
+  peak: Scalar, num_steps: Scalar, warmup: float = 0.1
 ) -> optax.Schedule:
   """Linear warm-up over a share of the steps, then linear decay to zero.
 
@@ -181,12 +181,13 @@ def warmup_linear(
   so no step of the run has rate zero and the peak is reached once.
 
   Args:
-    peak: highest rate.
-    num_steps: length of the whole schedule.
+    peak: highest rate; may be traced.
+    num_steps: length of the whole schedule; may be traced.
     warmup: share of `num_steps`; 0.1 as in the BERT code.
   """
-  rise = int(warmup * num_steps)
-  fall = max(1, num_steps - rise)
+  # Not int(): `num_steps` may be traced. In float32 0.1 * 30 is below 3.
+  rise = jnp.floor(warmup * num_steps + 1e-3)
+  fall = jnp.maximum(1, num_steps - rise)
 
   def rate(step):
     rising = (step + 1) / (rise + 1)
@@ -194,3 +195,22 @@ def warmup_linear(
     return peak * jnp.where(step < rise, rising, falling)
 
   return rate
+
+
+def set_hyper(state: TrainState, **values: Scalar) -> TrainState:
+  """Sets hyper-parameters that live in the optimiser's state.
+
+  With `optax.inject_hyperparams(factory)(rate=..., ...)` as the optimiser one
+  compiled step serves every rate:
+
+    def factory(rate, num_steps):
+      return adamw(warmup_linear(rate, num_steps))
+
+  Args:
+    state: of a learner with such an optimiser.
+    **values: by the names of the factory's arguments.
+
+  Raises:
+    KeyError: if the optimiser's state has no such value.
+  """
+  return state.replace(opt_state=optax.tree.set(state.opt_state, **values))

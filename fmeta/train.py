@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from fmeta import sharding
+from fmeta.dispatch import Program
 from fmeta.errors import UsageError
 from fmeta.log import Live, Metrics, refuse_used
 from fmeta.loop import Diverged, Fitted, Loop, Settings, Stage, own, strong
@@ -25,7 +26,7 @@ from fmeta.sharding import Rules
 from fmeta.stopping import Monitor
 from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
 
-__all__ = ['Diverged', 'Fitted', 'Stage', 'fit']
+__all__ = ['Diverged', 'Fitted', 'Program', 'Stage', 'fit']
 
 
 def fit(
@@ -51,6 +52,7 @@ def fit(
   mesh: Mesh | None = None,
   rules: Rules | None = None,
   quiet: bool = False,
+  program: Program | None = None,
 ) -> Fitted:
   """Trains through the stages.
 
@@ -88,6 +90,9 @@ def fit(
     mesh: devices to run on, see `fmeta.sharding`; one device by default.
     rules: ordered `(pattern, PartitionSpec)` for the parameters on the mesh.
     quiet: no live line.
+    program: `Program(learner)` shared by several calls, so that each shape is
+      compiled once for all of them; what differs between them (rates, seeds)
+      has to be in the state, see `optim.set_hyper`.
 
   Raises:
     UsageError: for settings that contradict each other, a used workdir without
@@ -108,7 +113,7 @@ def fit(
   )
   settings.check(stages)
   with ExitStack() as stack:
-    loop = Loop(learner, stages, rng, settings)
+    loop = Loop(learner, stages, rng, settings, program)
     loop.start(_placed(state, mesh, rules))
     folder = None
     if workdir is not None:

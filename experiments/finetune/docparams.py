@@ -18,6 +18,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 
 import fmeta
 from experiments import minilm
@@ -77,6 +78,7 @@ class Bench:
   splits: dict[str, dict[str, np.ndarray]]
   module: fmeta.models.BertClassifier
   params: dict
+  forward: fmeta.Forward
   num_layers: int
 
   @property
@@ -104,7 +106,13 @@ def open_bench(config: Config, context: Context) -> Bench:
     for name, columns in splits.items()
   }
   return Bench(
-    config, context, encoded, module, params, module.config.num_layers
+    config,
+    context,
+    encoded,
+    module,
+    params,
+    fmeta.models.forward(module),
+    module.config.num_layers,
   )
 
 
@@ -141,7 +149,7 @@ class Method:
     self.tuning, self.first_layer = tuning_of(bench, name)
     self.rates = getattr(bench.config, f'rates_{name}')
     self.columns = bench.splits
-    self.forward = fmeta.models.forward(bench.module)
+    self.forward = bench.forward
     if self.first_layer:
       self.forward = minilm.from_layer(bench.module, self.first_layer)
       self.columns = {
@@ -157,7 +165,19 @@ class Method:
       ('head/.*', bench.config.head_multiplier),
       ('.*', 1.0),
     )
-    self.loss = fmeta.supervised(self.forward, fmeta.softmax_cross_entropy)
+    # Rate and length live in the state: one compiled step for all trials.
+    self.program = train.Program(
+      fmeta.finetune(
+        fmeta.supervised(self.forward, fmeta.softmax_cross_entropy),
+        optax.inject_hyperparams(self._optimizer)(rate=0.0, num_steps=1.0),
+        tuning=self.tuning,
+      )
+    )
+
+  def _optimizer(self, rate, num_steps):
+    return optim.adamw(
+      optim.warmup_linear(rate, num_steps), multipliers=self.multipliers
+    )
 
   def fit(self, rate: float, examples: int, epochs: int, seed: int, **options):
     """Trains once and keeps the epoch that is best on validation."""
@@ -168,33 +188,31 @@ class Method:
       config.seed.data + seed,
     )
     steps = batches.steps_per_epoch * epochs
-    learner = fmeta.finetune(
-      self.loss,
-      optim.adamw(
-        optim.warmup_linear(rate, steps), multipliers=self.multipliers
-      ),
-      tuning=self.tuning,
-    )
     _, params, _ = minilm.load_model(
       config.model, len(docparams.LABELS), config.seed.init + seed
     )
+    learner = self.program.learner
     state = learner.init(params, jax.random.key(config.seed.init + seed))
     return train.fit(
       learner,
-      state,
+      optim.set_hyper(state, rate=rate, num_steps=steps),
       [train.Stage(self.name, batches, steps)],
       jax.random.key(config.seed.train + seed),
-      evaluate=lambda params, model_state: {
-        'accuracy': evaluate.accuracy_of(
-          self.forward, params, model_state, self.validation
-        )
-      },
+      evaluate=self.measure,
       evaluate_every=batches.steps_per_epoch,
       restore_best=True,
       log_every=10,
+      program=self.program,
       **placement(self.bench.context),
       **options,
     )
+
+  def measure(self, params, model_state) -> dict[str, float]:
+    """Validation accuracy."""
+    accuracy = evaluate.accuracy_of(
+      self.forward, params, model_state, self.validation
+    )
+    return {'accuracy': accuracy}
 
   def search(self) -> dict[str, float]:
     """Validation accuracy of each rate after one short epoch."""

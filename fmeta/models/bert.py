@@ -57,6 +57,8 @@ class Body(nn.Module):
   ) -> list[Array]:
     """States before layer `first` and after each one up to `last - 1`."""
     bias, states = additive_mask(attention_mask), [hidden]
+    if first == last:  # No layer, no mask to draw.
+      return states
     masks = self._masks(hidden.shape, last - first, deterministic)
     for k, mask in zip(range(first, last), masks, strict=True):
       layer = getattr(self, f'layer_{k}')
