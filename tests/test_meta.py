@@ -85,7 +85,7 @@ def test_quadratic_episodes_have_their_closed_forms(name, x64):
 def test_a_reptile_step_moves_towards_the_adapted_weights(x64):
   episodes, params = _episodes(2), {'t': jnp.asarray([1.0, -2.0, 0.5])}
   outer = finetune(meta.reptile_loss(_inner(), STEPS), optim.sgd(0.25))
-  after, aux = outer.step(outer.init(params, KEY), episodes, KEY)
+  after, aux = jax.jit(outer.step)(outer.init(params, KEY), episodes, KEY)
   adapted = []
   for k in range(2):
     support = jax.tree.map(lambda x, k=k: x[k], episodes['support'])
@@ -127,7 +127,7 @@ def test_maml_of_accumulated_episodes_is_maml(x64):
   episodes, params = _episodes(4), {'t': jnp.asarray([1.0, -2.0, 0.5])}
   loss = meta.episode_loss(_inner(), _quadratic, STEPS)
   outer = finetune(loss, optim.sgd(1.0), value_and_grad=gradients.accumulate(2))
-  after, _ = outer.step(outer.init(params, KEY), episodes, KEY)
+  after, _ = jax.jit(outer.step)(outer.init(params, KEY), episodes, KEY)
   expected = params['t'] - _closed_forms(params['t'], episodes)['maml']
   np.testing.assert_allclose(after.trainable['t'], expected, rtol=1e-12)
 
