@@ -145,6 +145,9 @@ def _without_factors(trainable: Params) -> dict:
 
 
 def _lora_tuning(patterns, rank, alpha, also, intercept) -> Tuning:
+  if rank < 1:
+    raise UsageError(f'lora rank {rank}; give at least 1')
+
   def init(params, rng):
     born = any(name.endswith(A) for name in tree.names(params))
     if not born:

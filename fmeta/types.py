@@ -120,8 +120,7 @@ class Memory(NamedTuple):
   sample: Callable[[Any, int, Array], tuple[Batch, Array]]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """All that the next step needs, and nothing else."""
 
   step: Array

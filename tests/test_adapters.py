@@ -57,12 +57,12 @@ def test_the_three_ways_agree_in_values_and_gradients(x64):
       with tuning.intercept(trainable, frozen) as entered:
         return loss_fn(entered, {}, batch, None)[0]
 
-    return jax.value_and_grad(loss)(trainable), (trainable, frozen)
+    return jax.jit(jax.value_and_grad(loss))(trainable), (trainable, frozen)
 
   options = {'rank': 2, 'alpha': 8.0, 'also': ('head/.*',)}
   unmerged, split = through(adapters.lora(MATRICES, **options))
   merged, _ = through(adapters.lora_merged(MATRICES, **options))
-  reference = jax.value_and_grad(by_hand)(*split)
+  reference = jax.jit(jax.value_and_grad(by_hand))(*split)
   for found in (unmerged, merged):
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13),
@@ -189,7 +189,7 @@ def test_a_layer_that_is_no_dense_is_refused_unmerged_and_works_merged():
 
   def step(tuning):
     learner = finetune(loss_fn, optim.sgd(0.1), tuning=tuning)
-    return learner.step(learner.init(params, KEY), batch, KEY)
+    return jax.jit(learner.step)(learner.init(params, KEY), batch, KEY)
 
   with pytest.raises(UsageError, match="'general/kernel'.*lora_merged"):
     step(adapters.lora('general/kernel', rank=2))

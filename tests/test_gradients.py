@@ -120,7 +120,7 @@ def test_each_microbatch_has_its_own_dropout():
   learner = finetune(
     loss_fn, optim.sgd(0.1), value_and_grad=gradients.accumulate(2)
   )
-  _, aux = learner.step(learner.init(params, KEY), twice, KEY)
+  _, aux = jax.jit(learner.step)(learner.init(params, KEY), twice, KEY)
   assert np.any(aux.outputs[:4] != aux.outputs[4:])
 
 

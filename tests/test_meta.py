@@ -85,7 +85,7 @@ def test_quadratic_episodes_have_their_closed_forms(name, x64):
 def test_a_reptile_step_moves_towards_the_adapted_weights(x64):
   episodes, params = _episodes(2), {'t': jnp.asarray([1.0, -2.0, 0.5])}
   outer = finetune(meta.reptile_loss(_inner(), STEPS), optim.sgd(0.25))
-  after, aux = outer.step(outer.init(params, KEY), episodes, KEY)
+  after, aux = jax.jit(outer.step)(outer.init(params, KEY), episodes, KEY)
   adapted = []
   for k in range(2):
     support = jax.tree.map(lambda x, k=k: x[k], episodes['support'])
@@ -127,7 +127,7 @@ def test_maml_of_accumulated_episodes_is_maml(x64):
   episodes, params = _episodes(4), {'t': jnp.asarray([1.0, -2.0, 0.5])}
   loss = meta.episode_loss(_inner(), _quadratic, STEPS)
   outer = finetune(loss, optim.sgd(1.0), value_and_grad=gradients.accumulate(2))
-  after, _ = outer.step(outer.init(params, KEY), episodes, KEY)
+  after, _ = jax.jit(outer.step)(outer.init(params, KEY), episodes, KEY)
   expected = params['t'] - _closed_forms(params['t'], episodes)['maml']
   np.testing.assert_allclose(after.trainable['t'], expected, rtol=1e-12)
 
@@ -188,7 +188,7 @@ def test_sgd_survives_a_support_set_of_padding():
 
 
 def test_first_order_is_the_query_gradient_at_the_adapted_weights(x64):
-  loss_fn, params, _, _ = toys.problem()
+  loss_fn, params, _, _ = toys.problem(sizes=(4,))
   params = toys.double(params)
   support, query = toys.double((toys.batch_of(4), toys.batch_of(5, seed=1)))
   learner = finetune(
@@ -197,34 +197,53 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(x64):
     tuning=tuning.select('head/.*'),
     value_and_grad=gradients.first_order(),
   )
-  state, _ = adapt(
-    learner, learner.init(params, KEY), lambda _: support, KEY, num_steps=2
-  )
-  adapted = learner.params(state)
-  expected = jax.grad(lambda p: loss_fn(p, {}, query, None)[0])(adapted)
+
+  @jax.jit
+  def query_gradient(params):
+    state, _ = adapt(
+      learner, learner.init(params, KEY), lambda _: support, KEY, num_steps=2
+    )
+    adapted = learner.params(state)
+    return jax.grad(lambda p: loss_fn(p, {}, query, None)[0])(adapted)
+
   episodes = jax.tree.map(
     lambda x: x[None], {'support': support, 'query': query}
   )
   found = _grad(meta.episode_loss(learner, loss_fn, 2), params, episodes)
-  assert_close(expected, found, 'FOMAML', 1e-12)
+  assert_close(query_gradient(params), found, 'FOMAML', 1e-12)
 
 
 def test_predictions_are_those_of_the_adapted_model():
   inner, loss_fn, params, episodes, forward = _lora_problem(
     optim.sgd(0.1), dropout=0.4
   )
-  predict = jax.jit(meta.predict_episodes(inner, forward, 2))
-  outputs = predict(params, episodes, KEY)
   loss = meta.episode_loss(inner, loss_fn, 2)
-  assert outputs.shape == (1, 5, 3)
-  # Without a key all is fixed, in the loss and in the prediction.
-  _, aux = jax.jit(lambda p, e: loss(p, {}, e, None))(params, episodes)
-  same = jax.jit(lambda p, e: meta.predict_episodes(inner, forward, 2)(
-    p, e, None
-  ))(params, episodes)  # fmt: skip
-  np.testing.assert_allclose(aux.outputs, same, rtol=1e-5, atol=1e-6)
-  start = meta.predict_episodes(inner, forward, 0)(params, episodes, KEY)
-  assert np.any(start != outputs)
+
+  @jax.jit
+  def all_of_them(params, episodes):
+    predict = meta.predict_episodes(inner, forward, 2)
+    start = meta.predict_episodes(inner, forward, 0)
+    _, aux = loss(params, {}, episodes, None)
+    return (
+      aux.outputs,
+      predict(params, episodes, None),
+      predict(params, episodes, KEY),
+      start(params, episodes, KEY),
+    )
+
+  # Without a key all is fixed, in the loss and in the prediction; with one,
+  # dropout in the adaptation is drawn from it.
+  of_loss, fixed, drawn, start = all_of_them(params, episodes)
+  assert fixed.shape == (1, 5, 3)
+  np.testing.assert_allclose(of_loss, fixed, rtol=1e-5, atol=1e-6)
+  assert np.any(fixed != drawn) and np.any(drawn != start)
+  support_free = forward(
+    inner.params(inner.init(params, KEY)),
+    {},
+    jax.tree.map(lambda x: x[0], episodes['query']),
+    None,
+  )[0]
+  np.testing.assert_allclose(start[0], support_free, rtol=1e-5, atol=1e-6)
 
 
 def test_reptile_refuses_factors_that_it_cannot_move():

@@ -85,7 +85,7 @@ def test_a_frozen_batch_norm_neither_moves_nor_reads_the_batch(
   batch = toys.batch_of()
   learner = finetune(loss_fn, optim.sgd(0.1), tuning=tuning.select('head/.*'))
   state = learner.init(params, KEY, model_state)
-  after, aux = learner.step(state, batch, KEY)
+  after, aux = jax.jit(learner.step)(state, batch, KEY)
   jax.tree.map(np.testing.assert_array_equal, after.model_state, model_state)
   evaluated, _ = forward(params, model_state, batch, None)
   np.testing.assert_allclose(aux.outputs, evaluated, rtol=1e-6)
@@ -98,7 +98,7 @@ def test_a_trainable_batch_norm_moves_and_reads_the_batch(spelling):
   select = tuning.select('body/norm/.*', 'head/.*')
   learner = finetune(loss_fn, optim.sgd(0.1), tuning=select)
   state = learner.init(params, KEY, model_state)
-  after, aux = learner.step(state, batch, KEY)
+  after, aux = jax.jit(learner.step)(state, batch, KEY)
   before = state.model_state['batch_stats']['body']['norm']['mean']
   moved = after.model_state['batch_stats']['body']['norm']['mean']
   hidden = batch['x'] @ params['body']['layer_0']['kernel']
