@@ -119,6 +119,18 @@ def start(regime, mesh, dtype=np.float32):
   return learner, sharding.place_state(state, mesh, rules), step
 
 
+def end_task(learner, state, batches, mesh):
+  where = None
+  if mesh is not None:
+    where = sharding.state_shardings(state, mesh, rules_for(mesh))
+  finish = jax.jit(
+    lambda state, batches: learner.end_task(state, FORWARD, batches, RNG(4)),
+    out_shardings=where,
+    compiler_options=QUICK,
+  )
+  return finish(state, batches)
+
+
 def put(batch, mesh):
   return batch if mesh is None else sharding.place_batch(batch, mesh)
 
@@ -131,8 +143,8 @@ def run(regime, mesh, dtype=np.float32, num_steps=20):
     state, _ = step(state, put(source(i), mesh), RNG(3))
     first = learner.params(state) if i == 0 else first
     if regime == 'stream' and i == num_steps // 2:
-      batches = [put(source(j), mesh) for j in range(3)]
-      state = learner.end_task(state, FORWARD, batches, RNG(4))
+      batches = [put(source(j), mesh) for j in range(2)]
+      state = end_task(learner, state, batches, mesh)
   found = {
     'first': first,
     'last': learner.params(state),
