@@ -1,23 +1,8 @@
 """fmeta: fine-tuning is the step, meta-learning a loss, continual a stream."""
 
-from fmeta import (
-  adapters,
-  errors,
-  fisher,
-  gradients,
-  learner,
-  losses,
-  memory,
-  meta,
-  optim,
-  penalty,
-  tree,
-  tuning,
-  types,
-)
 from fmeta.adapters import lora, lora_init, lora_merged
 from fmeta.errors import UsageError
-from fmeta.gradients import accumulate, first_order
+from fmeta.gradients import accumulate, first_order, plain
 from fmeta.learner import adapt, append, beside, finetune, rehearse
 from fmeta.losses import softmax_cross_entropy, squared_error, supervised
 from fmeta.memory import reservoir
@@ -35,4 +20,38 @@ from fmeta.types import (
   Tuning,
 )
 
-__all__ = [name for name in dir() if not name.startswith('_')]
+__all__ = (
+  'Aux',
+  'Forward',
+  'Learner',
+  'LossFn',
+  'Memory',
+  'Penalty',
+  'TrainState',
+  'Tuning',
+  'UsageError',
+  'accumulate',
+  'adapt',
+  'append',
+  'beside',
+  'episode_loss',
+  'ewc',
+  'finetune',
+  'first_order',
+  'full',
+  'in_chunks',
+  'l2_sp',
+  'lora',
+  'lora_init',
+  'lora_merged',
+  'no_penalty',
+  'plain',
+  'predict_episodes',
+  'rehearse',
+  'reptile_loss',
+  'reservoir',
+  'select',
+  'softmax_cross_entropy',
+  'squared_error',
+  'supervised',
+)
