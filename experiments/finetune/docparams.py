@@ -23,7 +23,19 @@ import optax
 import fmeta
 from experiments import minilm
 from experiments.common import Seeds, best_setting, placement, trial
-from fmeta import baselines, data, evaluate, metrics, optim, table, train
+from fmeta import (
+  baselines,
+  data,
+  evaluate,
+  metrics,
+  models,
+  optim,
+  predict,
+  pretrained,
+  table,
+  train,
+  tree,
+)
 from fmeta.datasets import docparams
 from fmeta.pretrained import MINILM
 from fmeta.report import Panel, Row, bars, terminal_table
@@ -76,7 +88,7 @@ class Bench:
   config: Config
   context: Context
   splits: dict[str, dict[str, np.ndarray]]
-  module: fmeta.models.BertClassifier
+  module: models.BertClassifier
   params: dict
   forward: fmeta.Forward
   num_layers: int
@@ -111,7 +123,7 @@ def open_bench(config: Config, context: Context) -> Bench:
     encoded,
     module,
     params,
-    fmeta.models.forward(module),
+    models.forward(module),
     module.config.num_layers,
   )
 
@@ -261,7 +273,7 @@ class Method:
         ),
         'epoch': int(epoch),
         'steps': fitted.steps,
-        'trainable': fmeta.tree.size(fitted.state.trainable),
+        'trainable': tree.size(fitted.state.trainable),
         'examples_per_second': fitted.examples_per_second,
         'flops_per_step': fitted.flops_per_step,
         'peak_bytes': fitted.peak_bytes,
@@ -281,11 +293,11 @@ class Method:
 
 def save_model(bench: Bench, params: dict) -> None:
   """Writes `model/`, what `fmeta.predict` reads."""
-  fmeta.predict.save_run(
+  predict.save_run(
     bench.context.workdir,
     bench.module,
     params,
-    fmeta.pretrained.find(bench.config.model),
+    pretrained.find(bench.config.model),
     docparams.LABELS,
     bench.config.max_length,
   )
@@ -389,7 +401,7 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
         more=more,
       )
     )
-  total = fmeta.tree.size(bench.params)
+  total = tree.size(bench.params)
   note = (
     f'{config.train_examples:,} training texts, {config.test_examples:,} test '
     f'texts from {len(np.unique(groups))} files, split by file; accuracy is '
