@@ -6,12 +6,13 @@ Dropout inside the frozen layers is therefore off.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from fmeta import data, evaluate, text
+from fmeta import data, text
 from fmeta.data import Columns
 from fmeta.datasets import docparams
 from fmeta.models import BertClassifier, forward
@@ -19,6 +20,7 @@ from fmeta.pretrained import MINILM, MINILM_SHA256, load_bert
 from fmeta.types import Forward, Params
 
 BUCKETS = (16, 32)
+EVAL_ROWS = 64
 HIDDEN = ('hidden', 'attention_mask')
 
 
@@ -68,7 +70,7 @@ def train_batches(columns: Columns, batch_size: int, seed: int):
   return dataclasses.replace(source, collate=collate)
 
 
-def eval_batches(columns: Columns, batch_size: int = 64) -> list:
+def eval_batches(columns: Columns, batch_size: int = EVAL_ROWS) -> list:
   """All rows in their order."""
   return data.eval_batches(columns, batch_size, collate=collate)
 
@@ -77,20 +79,39 @@ def with_prefix(
   module: BertClassifier, params: Params, columns: Columns, first_layer: int
 ) -> dict[str, np.ndarray]:
   """The columns with `hidden` [N, L, H], the state that enters a layer."""
-  run = forward(module, method='prefix', first_layer=first_layer)
-  step = jax.jit(lambda params, batch: run(params, {}, batch, None)[0])
-  width = columns['input_ids'].shape[1]
+  return with_prefixes(module, params, columns, (first_layer,))[first_layer]
+
+
+def with_prefixes(
+  module: BertClassifier,
+  params: Params,
+  columns: Columns,
+  layers: Sequence[int],
+) -> dict[int, dict[str, np.ndarray]]:
+  """`with_prefix` of several layers in one pass."""
+  run = forward(module, method='hidden_states', last_layer=max(layers))
+
+  @jax.jit
+  def states_of(params, batch):
+    states = run(params, {}, batch, None)[0]
+    return [states[layer] for layer in layers]
+
   # In order of length, so that short texts meet short ones.
   order = np.argsort(columns['length'], kind='stable')
   ordered = data.take(
     {key: columns[key] for key in ('input_ids', 'length')}, order
   )
-  hidden = np.zeros((len(order), width, module.config.hidden_size), np.float32)
+  shape = (*columns['input_ids'].shape, module.config.hidden_size)
+  hidden = [np.zeros(shape, np.float32) for _ in layers]
   for index, batch in enumerate(eval_batches(ordered)):
-    rows = order[index * 64 : (index + 1) * 64]
-    states = np.asarray(step(params, batch))[: len(rows)]
-    hidden[rows, : states.shape[1]] = states
-  return {**columns, 'hidden': hidden}
+    rows = order[index * EVAL_ROWS : (index + 1) * EVAL_ROWS]
+    for held, states in zip(hidden, states_of(params, batch), strict=True):
+      states = np.asarray(states)[: len(rows)]
+      held[rows, : states.shape[1]] = states
+  return {
+    layer: {**columns, 'hidden': held}
+    for layer, held in zip(layers, hidden, strict=True)
+  }
 
 
 def from_layer(module: BertClassifier, first_layer: int) -> Forward:
@@ -98,12 +119,12 @@ def from_layer(module: BertClassifier, first_layer: int) -> Forward:
   return forward(module, HIDDEN, method='resume', first_layer=first_layer)
 
 
-def embeddings(
-  module: BertClassifier, params: Params, columns: Columns
-) -> np.ndarray:
-  """Mean-pooled embeddings [N, H] of the frozen model, raw length."""
-  embed = forward(module, method='embed')
-  return evaluate.evaluate(embed, params, {}, eval_batches(columns)).logits
+def embeddings(columns: Columns) -> np.ndarray:
+  """Mean-pooled embeddings [N, H], raw length, from last-layer `hidden`."""
+  width = columns['hidden'].shape[1]
+  seen = np.arange(width)[None] < columns['length'][:, None]
+  total = np.einsum('nlh,nl->nh', columns['hidden'], seen.astype(np.float32))
+  return total / seen.sum(1, keepdims=True)
 
 
 def by_length(columns: Columns) -> dict[str, np.ndarray]:

@@ -92,6 +92,8 @@ class Bench:
   params: dict
   forward: fmeta.Forward
   num_layers: int
+  # layer -> split -> columns with the cached states that enter it
+  after: dict[int, dict[str, dict[str, np.ndarray]]]
 
   @property
   def groups(self) -> np.ndarray:
@@ -117,6 +119,12 @@ def open_bench(config: Config, context: Context) -> Bench:
     name: minilm.encode(tokenizer, columns, config.max_length)
     for name, columns in splits.items()
   }
+  last = module.config.num_layers
+  layers = (last - config.surgical_blocks, last)
+  cached = {
+    name: minilm.with_prefixes(module, params, columns, layers)
+    for name, columns in encoded.items()
+  }
   return Bench(
     config,
     context,
@@ -124,7 +132,8 @@ def open_bench(config: Config, context: Context) -> Bench:
     module,
     params,
     models.forward(module),
-    module.config.num_layers,
+    last,
+    {layer: {n: c[layer] for n, c in cached.items()} for layer in layers},
   )
 
 
@@ -164,12 +173,7 @@ class Method:
     self.forward = bench.forward
     if self.first_layer:
       self.forward = minilm.from_layer(bench.module, self.first_layer)
-      self.columns = {
-        split: minilm.with_prefix(
-          bench.module, bench.params, columns, self.first_layer
-        )
-        for split, columns in bench.splits.items()
-      }
+      self.columns = bench.after[self.first_layer]
     self.validation = minilm.eval_batches(
       minilm.by_length(self.columns['validation'])
     )
@@ -310,7 +314,7 @@ def baseline_rows(bench: Bench) -> dict[str, tuple[np.ndarray, str]]:
   grid = len(config.rates_full) * config.epochs
   most = baselines.majority(splits['train']['label'], len(labels))
   vectors = {
-    name: minilm.embeddings(bench.module, bench.params, splits[name])
+    name: minilm.embeddings(bench.after[bench.num_layers][name])
     for name in ('train', 'test')
   }
   mean = baselines.nearest_mean(
