@@ -16,10 +16,13 @@ import sys
 import traceback
 import warnings
 
+import grain  # noqa: F401, imported once for all lives
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tensorboardX  # noqa: F401
+from orbax.checkpoint import v1  # noqa: F401
 
 import fmeta
 from fmeta import checkpoint, log, optim, train
