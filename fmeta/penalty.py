@@ -118,12 +118,12 @@ def ewc(strength: Scalar, importance: Importance = exact_fisher) -> Penalty:
     new = importance(forward, params, moving, model_state, batches, rng)
     total = jax.tree.map(jnp.add, state['importance'], new)
 
-    def mean(anchor, old, now, fresh, both):
-      safe = jnp.where(both > 0, both, 1)
-      return jnp.where(both > 0, (old * anchor + fresh * now) / safe, now)
+    def mean(anchor, old, now, both):
+      # In this form the first task's anchor is exactly its optimum.
+      return now + old / jnp.where(both > 0, both, 1) * (anchor - now)
 
     anchor = jax.tree.map(
-      mean, state['anchor'], state['importance'], moving, new, total
+      mean, state['anchor'], state['importance'], moving, total
     )
     return {'anchor': anchor, 'importance': total}
 

@@ -126,14 +126,16 @@ def test_adapt_records_what_every_says_and_zero_steps_change_nothing():
   start = learner.init(PARAMS, KEY)
 
   def run(num_steps):
-    return adapt(
-      learner,
-      start,
-      lambda _: BATCH,
-      KEY,
-      num_steps=num_steps,
-      every=lambda state, aux: (state.step, state.frozen['body']),
-    )
+    return jax.jit(
+      lambda start: adapt(
+        learner,
+        start,
+        lambda _: BATCH,
+        KEY,
+        num_steps=num_steps,
+        every=lambda state, aux: (state.step, state.frozen['body']),
+      )
+    )(start)
 
   same, (steps, _) = run(0)
   assert_same(start, same, 'no steps')
@@ -211,4 +213,4 @@ def test_a_memory_without_a_key_of_the_batch_is_refused():
   held = memory.reservoir(4, {'x': ROW['x']})
   learner = rehearse(finetune(LOSS, OPTIMIZERS['sgd']), held, 2)
   with pytest.raises(UsageError, match="memory does not hold 'label'"):
-    learner.step(learner.init(PARAMS, KEY), BATCH, KEY)
+    jax.eval_shape(learner.step, learner.init(PARAMS, KEY), BATCH, KEY)

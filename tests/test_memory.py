@@ -15,6 +15,10 @@ def _rows(start, stop):
   return {'x': jnp.arange(start, stop), 'other': jnp.zeros((stop - start, 2))}
 
 
+def _insert(held, filled, rows, weight):
+  return jax.jit(held.insert)(filled, rows, weight, KEY)
+
+
 def _same(x, y):
   jax.tree.map(np.testing.assert_array_equal, x, y)
 
@@ -54,7 +58,7 @@ def test_one_by_one_and_in_batches_are_bitwise_equal():
 
 def test_the_first_rows_fill_the_slots_in_order():
   held = memory.reservoir(4, SPEC)
-  filled = held.insert(held.init(), _rows(10, 13), jnp.ones(3), KEY)
+  filled = _insert(held, held.init(), _rows(10, 13), jnp.ones(3))
   np.testing.assert_array_equal(filled['rows']['x'], [10, 11, 12, 0])
   assert set(filled['rows']) == {'x'}
 
@@ -62,19 +66,20 @@ def test_the_first_rows_fill_the_slots_in_order():
 def test_padding_rows_are_not_inserted_and_do_not_count():
   held = memory.reservoir(4, SPEC)
   weight = jnp.asarray([1.0, 0, 0, 1, 1, 0, 1, 1, 1, 0])
-  padded = held.insert(held.init(), _rows(0, 10), weight, KEY)
+  padded = _insert(held, held.init(), _rows(0, 10), weight)
   real = np.flatnonzero(weight)
-  bare = held.insert(held.init(), {'x': jnp.asarray(real)}, jnp.ones(6), KEY)
+  bare = _insert(held, held.init(), {'x': jnp.asarray(real)}, jnp.ones(6))
   _same(padded, bare)
-  empty = held.insert(held.init(), _rows(0, 10), jnp.zeros(10), KEY)
+  empty = _insert(held, held.init(), _rows(0, 10), jnp.zeros(10))
   _same(empty, held.init())
 
 
 def test_samples_are_distinct_and_marked_where_empty():
   held = memory.reservoir(6, SPEC)
-  filled = held.insert(held.init(), _rows(10, 14), jnp.ones(4), KEY)
+  filled = _insert(held, held.init(), _rows(10, 14), jnp.ones(4))
+  sample = jax.jit(held.sample, static_argnums=1)
   for seed in range(20):
-    rows, valid = held.sample(filled, 5, jax.random.key(seed))
+    rows, valid = sample(filled, 5, jax.random.key(seed))
     np.testing.assert_array_equal(valid, [1, 1, 1, 1, 0])
     assert set(np.asarray(rows['x'][:4])) == {10, 11, 12, 13}
   _, valid = held.sample(held.init(), 3, KEY)
@@ -83,8 +88,8 @@ def test_samples_are_distinct_and_marked_where_empty():
 
 def test_every_held_row_is_sampled_equally_often():
   held = memory.reservoir(8, SPEC)
-  filled = held.insert(held.init(), _rows(0, 8), jnp.ones(8), KEY)
-  draw = jax.vmap(lambda key: held.sample(filled, 2, key)[0]['x'])
+  filled = _insert(held, held.init(), _rows(0, 8), jnp.ones(8))
+  draw = jax.jit(jax.vmap(lambda key: held.sample(filled, 2, key)[0]['x']))
   counts = np.bincount(
     np.asarray(draw(jax.random.split(KEY, 2000))).ravel(), minlength=8
   )

@@ -83,7 +83,7 @@ def forward_of(module):
 
 
 def init_of(module, features=6, seed=0):
-  variables = module.init(
+  variables = jax.jit(module.init)(
     jax.random.key(seed), jnp.zeros((2, features), jnp.float32)
   )
   variables = dict(jax.tree.map(jnp.asarray, variables))
