@@ -1,6 +1,5 @@
 import hashlib
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -131,6 +130,7 @@ def toy_package(tmp_path, monkeypatch):
     [
       ('e', 'int, optional', 'Told twice with one type.'),
       ('f', 'float', 'Told twice with two types.'),
+      ('h', 'dict', 'Only told in the second.'),
     ],
   )
   module('tests/three.py', [('g', 'int', 'Tests are left out.')])
@@ -144,24 +144,30 @@ def test_each_text_stands_once_and_copies_must_agree(toy_package):
   assert [(e.text, e.label, e.name, e.file) for e in found] == [
     ('How many of them.', 'int', 'a', 'fmeta_toy/__init__.py'),
     ('Told twice with one type.', 'int', 'b', 'fmeta_toy/one.py'),
+    ('Only told in the second.', 'dict', 'h', 'fmeta_toy/two.py'),
   ]
   assert 'fmeta_toy' not in sys.modules  # read, not imported
 
 
-def test_load_gives_columns_by_split(toy_package, tmp_path):
+def test_load_gives_columns_by_split(toy_package, tmp_path, monkeypatch):
+  place = {
+    'fmeta_toy/__init__.py': 'train',
+    'fmeta_toy/one.py': 'validation',
+    'fmeta_toy/two.py': 'test',
+  }
+  monkeypatch.setattr(docparams, 'split_of', place.__getitem__)
   splits = docparams.load(cache_dir=tmp_path / 'cache')
   rows = {
-    str(text): (split, LABELS[label], str(package))
+    (split, str(columns['text'][0]), LABELS[columns['label'][0]])
     for split, columns in splits.items()
-    for text, label, package in zip(
-      columns['text'], columns['label'], columns['package'], strict=True
-    )
   }
-  place = docparams.split_of
   assert rows == {
-    'How many of them.': (place('fmeta_toy/__init__.py'), 'int', 'toy'),
-    'Told twice with one type.': (place('fmeta_toy/one.py'), 'int', 'toy'),
+    ('train', 'How many of them.', 'int'),
+    ('validation', 'Told twice with one type.', 'int'),
+    ('test', 'Only told in the second.', 'dict'),
   }
+  assert all(len(c['text']) == 1 for c in splits.values())
+  assert set(splits['test']['package']) == {'toy'}
 
 
 def test_files_are_split_70_10_20_by_their_sha256():
@@ -248,9 +254,3 @@ def test_the_stream_of_pinned_wheels_is_known(full):
   assert base.sha256(full) == (
     '2906c0ce87a930f3294d29c3c63c601a4ced4f6be0166538e5d6fb7ef5e4935f'
   )
-
-
-def test_docstrings_of_types_are_not_in_the_text(full):
-  # The line `name : type` would begin a text with ` : `-separated words.
-  text = full['train']['text']
-  assert not any(textwrap.shorten(t, 40).startswith(': ') for t in text)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.utils import Size
@@ -108,6 +109,8 @@ class Dataset(tfds.core.GeneratorBasedBuilder):
       self.check_local(name, path)
       return path
     try:
+      # One try of our own: TFDS asks an unreachable host for 200 s.
+      requests.head(self.RAW[name].url, timeout=20)
       return pathlib.Path(dl_manager.download(self.RAW[name].url))
     except (OSError, tfds.download.DownloadError) as error:
       looked = f'not in {self._raw_dir} and ' if self._raw_dir else ''
@@ -247,8 +250,9 @@ def _columns(builder: Dataset, split: str) -> Columns:
 def _column(feature: Any, values: list[Any]) -> np.ndarray:
   if isinstance(feature, tfds.features.Text):
     return _objects([value.decode('utf-8') for value in values])
+  # Records hold 64-bit integers whatever the feature says.
   label = isinstance(feature, tfds.features.ClassLabel)
-  return np.asarray(values, dtype=np.int32 if label else None)
+  return np.asarray(values, dtype=np.int32 if label else feature.np_dtype)
 
 
 def _objects(values: list[str]) -> np.ndarray:
