@@ -77,7 +77,7 @@ def test_the_step_is_the_same_inside_a_gradient_and_under_vmap(
         learner.init(params, KEY),
         functools.partial(_at, stream),
         rng,
-        num_steps=10,
+        num_steps=20,
       )
       adapted = learner.params(state)
       return sum(jnp.sum(x**2) for x in jax.tree.leaves(adapted)), adapted
@@ -86,9 +86,14 @@ def test_the_step_is_the_same_inside_a_gradient_and_under_vmap(
     (_, inside), _ = jax.jit(jax.value_and_grad(run, has_aux=True))(params, KEY)
     keys = jnp.stack([jax.random.fold_in(KEY, 1), KEY])
     _, both = jax.jit(jax.vmap(run, (None, 0)))(params, keys)
-    tolerance = 1e-6 if bits == 32 else 1e-12
-    assert_close(alone, inside, 'inside a gradient', tolerance)
-    assert_close(alone, _at(both, 1), 'under vmap', tolerance)
+    # Weights are of order one; a bias near zero keeps their rounding.
+    limit = 1e-6 if bits == 32 else 1e-12
+    for found in (inside, _at(both, 1)):
+      jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=limit, atol=limit),
+        found,
+        alone,
+      )
 
 
 def test_one_step_by_hand():
