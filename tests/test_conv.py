@@ -14,7 +14,7 @@ from fmeta.models import BatchNorm, Conv4, MatmulConv
 
 @functools.cache
 def compiled(module):
-  return jax.jit(compiled(module))
+  return jax.jit(models.forward(module, models.IMAGE))
 
 
 def images(rows=6, side=28, channels=1, seed=0):
@@ -71,7 +71,7 @@ def test_matmul_conv_equals_lax_conv(size, stride, side, x64):
 def test_no_convolution_is_left_in_a_second_order_program():
   module = Conv4(5, 8)
   batch = {'image': images()}
-  params, _ = models.init(module, jax.random.key(0), batch, models.IMAGE)
+  params, _ = random_variables(module, batch)
 
   def loss(params):
     out, _ = compiled(module)(params, {}, batch, None)
@@ -96,10 +96,11 @@ def test_batch_norm_uses_the_batch_in_training_and_the_kept_in_evaluation():
   params = {'scale': jnp.array([2.0, 0.5]), 'bias': jnp.array([1.0, -1.0])}
   kept = {'mean': jnp.array([0.5, 1.5]), 'var': jnp.array([4.0, 9.0])}
   variables = {'params': params, 'batch_stats': kept}
+  numbers = jax.tree.map(np.asarray, (params, kept))
   mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
 
   out, changed = module.apply(variables, x, False, mutable=['batch_stats'])
-  expected = norm_by_hand(x, mean, var, params)
+  expected = norm_by_hand(x, mean, var, numbers[0])
   np.testing.assert_allclose(out, expected, atol=1e-5)
   new = changed['batch_stats']
   np.testing.assert_allclose(
@@ -110,7 +111,7 @@ def test_batch_norm_uses_the_batch_in_training_and_the_kept_in_evaluation():
   )
 
   out = module.apply(variables, x, True)
-  expected = norm_by_hand(x, kept['mean'], kept['var'], params)
+  expected = norm_by_hand(x, *numbers[1].values(), numbers[0])
   np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -125,12 +126,22 @@ def test_transductive_norm_has_no_state_and_one_behaviour():
   np.testing.assert_allclose(train, expected, atol=1e-5)
 
 
+def random_variables(module, batch):
+  """By numpy: compiling jax's generators for every shape takes seconds."""
+  shapes = jax.eval_shape(module.init, jax.random.key(0), **batch)
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda leaf: jnp.array(rng.normal(0.0, 0.2, leaf.shape), leaf.dtype),
+    shapes,
+  )
+  return variables.pop('params'), variables
+
+
 @pytest.fixture(scope='module')
 def conv4():
   batch = {'image': images()}
   module = Conv4(5, 8, norm='running')
-  params, state = models.init(module, jax.random.key(0), batch, models.IMAGE)
-  return module, params, state, batch
+  return module, *random_variables(module, batch), batch
 
 
 def conv4_reference(params, x):
