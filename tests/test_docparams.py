@@ -252,5 +252,5 @@ def test_the_stream_of_pinned_wheels_is_known(full):
   }:
     pytest.skip('the digest was taken with other versions')
   assert base.sha256(full) == (
-    '2906c0ce87a930f3294d29c3c63c601a4ced4f6be0166538e5d6fb7ef5e4935f'
+    '39cff30d0b9a7aeacf295945a06c8540be44a2345a20bb2f29d30ff382b85cf2'
   )

@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 
 from fmeta.datasets import base
 
-# The bundled file is the UCI test part, ordered by writer: its last fifth
-# holds writers that the rest does not, so the split is by rank, not at random.
+# Four fifths, by rank and not at random: neighbours in the file tend to be by
+# one writer, and a random split would put each writer on both sides.
 _NUM_TRAIN = 1437
 
 
