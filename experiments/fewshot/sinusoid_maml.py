@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 import fmeta
-from fmeta import draw, evaluate, optim, train
-from fmeta.config import Seeds
+from experiments.common import Seeds, fit_options
+from fmeta import data, draw, evaluate, optim, train
 from fmeta.models import forward, init
 from fmeta.models.mlp import Mlp
+from fmeta.workdir import Context
 
 
 @dataclasses.dataclass
@@ -64,7 +65,7 @@ def sinusoids(seed: int, tasks: int, shots: int, queries: int):
   return episodes
 
 
-def run(config: Config, context) -> dict:
+def run(config: Config, context: Context) -> dict:
   """Meta-trains, then measures the error after each number of steps."""
   model = Mlp((40, 40), 1)
   model_forward = forward(model, ('x',))
@@ -89,20 +90,42 @@ def run(config: Config, context) -> dict:
     [train.Stage('meta', episodes, config.iterations)],
     jax.random.key(config.seed.train),
     steps_per_dispatch=500,
-    monitor='-loss',
-    **context.fit_options,
+    log_every=100,
+    checkpoint_every=10_000,
+    **fit_options(context),
   )
   metrics, ci95 = {}, {}
-  held_out = sinusoids(config.seed.data + 1, 100, config.shots, 100)
+  for steps, errors in test_errors(config, inner, model_forward, fitted.params):
+    name = f'mse_{steps}'
+    metrics[name], ci95[name], _ = evaluate.summarize(errors)
+    print(f'mean squared error after {steps} steps: {metrics[name]:.3f}')
+  first = episodes(0)
+  return {
+    'metrics': metrics,
+    'ci95': ci95,
+    'steps': fitted.steps,
+    'examples_per_second': fitted.examples_per_second,
+    'flops_per_step': fitted.flops_per_step,
+    'peak_bytes': fitted.peak_bytes,
+    'trainable_parameters': fmeta.tree.size(fitted.state.trainable),
+    'total_parameters': fmeta.tree.size(fitted.params),
+    # Tasks are drawn without end; the first meta-batch stands for the rule.
+    'data_sha256': data.fingerprint(
+      {**first['support'], **{f'q_{k}': v for k, v in first['query'].items()}}
+    ),
+  }
+
+
+def test_errors(config, inner, model_forward, params):
+  """Yields (inner steps, mean squared error of each held-out task)."""
+  tasks = min(100, config.test_tasks)
+  held_out = sinusoids(config.seed.data + 1, tasks, config.shots, 100)
   for steps in config.test_steps:
-    predict = fmeta.predict_episodes(inner, model_forward, steps)
+    predict = jax.jit(fmeta.predict_episodes(inner, model_forward, steps))
     errors = []
-    for i in range(-(-config.test_tasks // 100)):
+    for i in range(-(-config.test_tasks // tasks)):
       episode = held_out(i)
-      outputs = jax.jit(predict)(fitted.params, episode, None)
-      square = (np.asarray(outputs) - episode['query']['target']) ** 2
+      outputs = np.asarray(predict(params, episode, None))
+      square = (outputs - episode['query']['target']) ** 2
       errors.append(square.mean((1, 2)))
-    summary = evaluate.summarize(np.concatenate(errors)[: config.test_tasks])
-    metrics[f'mse_{steps}'] = summary.mean
-    ci95[f'mse_{steps}'] = summary.ci95
-  return {'metrics': metrics, 'ci95': ci95, 'fitted': fitted}
+    yield steps, np.concatenate(errors)[: config.test_tasks]
