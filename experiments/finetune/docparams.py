@@ -59,9 +59,9 @@ class Config:
   lora_rank: int = 8
   # The fresh head moves faster than what it stands on (untuned).
   head_multiplier: float = 10.0
-  rates_probe: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+  rates_probe: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
   rates_surgical: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
-  rates_lora: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+  rates_lora: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
   rates_full: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
   search_examples: int = 800
   train_examples: int = 4000
