@@ -413,7 +413,7 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
     'differences resample test files. Every trained row tried '
     f'{len(config.rates_full)} rates x {config.epochs} epochs on '
     f'{config.validation_examples} validation texts, the SVM as many values '
-    'of C. Frozen blocks run once per text, without dropout.'
+    'of C. Frozen blocks run once per text; there is no dropout.'
   )
   shown = Panel(
     'Fine-tuning',
