@@ -141,7 +141,7 @@ def test_stream_of_one_task_is_plain_training_bitwise():
   learner = learner_of(penalty=fmeta.ewc(1.0))
   stages = [train.Stage('task', batches, 6, [batches(0)])]
   stream = run(learner, stages, forward=forward)
-  plain = run(num_steps=6)
+  plain = run(learner, num_steps=6)
   assert_same(stream.state.trainable, plain.state.trainable)
   assert losses(stream) == losses(plain)
 
@@ -162,7 +162,9 @@ def test_stages_consolidate_and_fill_the_matrix():
 
   fitted = run(learner, stages, forward=forward, after_stage=after)
   assert fitted.matrix == [[0.5], [1.5]] and len(set(seen)) == 2
-  assert [r['penalty'] > 0 for r in fitted.history] == [False] * 5 + [True] * 3
+  # Step 5 starts at the anchor, up to the rounding of its weighted mean.
+  pulled = [line['penalty'] > 1e-9 for line in fitted.history]
+  assert pulled == [False] * 5 + [True] * 3
   assert [r['stage'] for r in fitted.history] == ['task_0'] * 4 + ['task_1'] * 4
   assert fitted.traces == 1
   importance = fitted.state.penalty_state['importance']
@@ -337,7 +339,9 @@ def test_checkpoint_of_another_run_is_refused_in_one_line(tmp_path):
 
 
 def test_mesh_of_two_gives_the_numbers_of_one_device(tmp_path):
-  mesh = sharding.make_mesh(sharding.parse_mesh('data:2'), jax.devices()[:2])
+  mesh = sharding.make_mesh(
+    sharding.parse_mesh('data:2'), devices=jax.devices()[:2]
+  )
   one = run(num_steps=4)
   two = run(num_steps=4, mesh=mesh, steps_per_dispatch=2, workdir=tmp_path)
   jax.tree.map(
