@@ -1,0 +1,264 @@
+"""Every few-shot experiment at its small setting, through experiments.run."""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import run
+from experiments.fewshot import docparams_maml, omniglot_maml, sinusoid_maml
+from fmeta import data, pretrained
+from fmeta.datasets import docparams, omniglot
+from fmeta.errors import UsageError
+from fmeta.models import BertClassifier, BertConfig, init
+from fmeta.pretrained import MINILM, save_bert
+from fmeta.result import OUTCOME
+from fmeta.workdir import Context
+
+
+def text(value):
+  return ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def small(name, folder, **more):
+  """Runs an experiment's small setting; its `result.json`."""
+  module = importlib.import_module(f'experiments.fewshot.{name}')
+  settings = {**module.SMALL, **more}
+  words = [f'--config.{key}={text(value)}' for key, value in settings.items()]
+  status = run.main(
+    [
+      'run',
+      f'--config=experiments/fewshot/{name}.py',
+      f'--workdir={folder}',
+      *words,
+    ]
+  )
+  assert status == 0
+  result = json.loads((folder / 'result.json').read_text())
+  assert result['experiment'] == f'fewshot/{name}'
+  assert all(math.isfinite(value) for value in result['metrics'].values())
+  assert set(OUTCOME) <= set(result)
+  assert len(result['data_sha256']) == 64
+  return result
+
+
+def drawn_characters(num_classes=60, seed=0):
+  """Omniglot's columns with noise around a picture per character."""
+  rng = np.random.default_rng(seed)
+  pictures = rng.random((num_classes, omniglot.SIDE, omniglot.SIDE, 1))
+  label = np.repeat(np.arange(num_classes), 20)
+  noise = 0.1 * rng.random((len(label), *pictures.shape[1:]))
+  image = (0.9 * pictures[label] + noise).astype(np.float32)
+  half = len(label) // 2
+  columns = {'image': image, 'label': label.astype(np.int32)}
+  return {
+    'background': data.take(columns, slice(0, half)),
+    'evaluation': data.take(columns, slice(half, None)),
+  }
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  monkeypatch.setattr(omniglot, 'load', lambda folder: drawn_characters())
+  monkeypatch.setattr(omniglot_maml, 'CHARACTERS', 60)
+
+
+def test_sinusoid_maml_runs_and_an_error_per_step_number_is_reported(tmp_path):
+  result = small('sinusoid_maml', tmp_path / 'run')
+  assert set(result['metrics']) == {'mse_0', 'mse_1'}
+  assert result['steps'] == sinusoid_maml.SMALL['iterations']
+  low, high = result['ci95']['mse_0']
+  assert low < result['metrics']['mse_0'] < high
+
+
+def test_sinusoid_tasks_have_the_stated_amplitude_and_phase():
+  tasks = sinusoid_maml.sinusoids(3, 50, 10, 10)(7)
+  x = np.concatenate([tasks[part]['x'] for part in tasks], 1)[..., 0]
+  y = np.concatenate([tasks[part]['target'] for part in tasks], 1)[..., 0]
+  assert np.abs(x).max() <= 5 and x.min() < -4 and x.max() > 4
+  for points, targets in zip(x, y, strict=True):
+    basis = np.stack([np.sin(points), -np.cos(points)], 1)
+    (real, imaginary), residual, *_ = np.linalg.lstsq(basis, targets)
+    assert residual.sum() < 1e-8
+    assert 0.1 <= np.hypot(real, imaginary) <= 5
+    assert imaginary >= -1e-4  # sin of a phase in [0, pi]
+
+
+@pytest.mark.parametrize('name', ['omniglot_maml', 'omniglot_anil'])
+def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
+  result = small(name, tmp_path / 'run')
+  assert set(result['metrics']) == {
+    'accuracy_transductive',
+    'accuracy_support_statistics',
+    'accuracy_shuffled_labels',
+  }
+  assert all(0 <= value <= 1 for value in result['metrics'].values())
+  assert (tmp_path / 'run' / 'fit' / 'metrics.jsonl').exists()
+
+
+def test_anil_leaves_the_body_where_it_is_in_the_inner_loop(
+  tmp_path, drawn, monkeypatch
+):
+  from experiments.fewshot import omniglot_anil
+
+  seen = []
+  monkeypatch.setattr(
+    omniglot_maml, 'run', lambda config, context, tuning: seen.append(tuning)
+  )
+  omniglot_anil.run(omniglot_anil.Config(), Context(tmp_path))
+  params = {'body': {'w': np.ones(2)}, 'head': {'kernel': np.ones(2)}}
+  moving, still = seen[0].init(params, jax.random.key(0))
+  assert set(moving) == {'head'} and set(still) == {'body'}
+
+
+def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
+  config = omniglot_maml.Config(**omniglot_maml.SMALL)
+  splits = omniglot_maml.load(config, Context(tmp_path))
+  train = set((splits['train']['label'] % 60).tolist())
+  # Rotations are numbered behind the largest label of the training part.
+  turned = int(splits['train']['label'].max())
+  assert len(splits['train']['label']) == 4 * 30 * 20
+  assert len(np.unique(splits['train']['label'])) == 4 * 30
+  assert turned >= 3 * 30
+  validation = set(splits['validation']['label'].tolist())
+  test = set(splits['test']['label'].tolist())
+  upright = set(splits['train']['label'][: 30 * 20].tolist())
+  assert len(train) and upright | validation | test == set(range(60))
+  assert not upright & validation and not validation & test
+
+
+def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
+  config = omniglot_maml.Config(filters=4)
+  learner, _, transductive = omniglot_maml.outer_learner(
+    config, omniglot_maml.fmeta.full()
+  )
+  del learner
+  images = drawn_characters()['background']['image']
+  params, _ = init(
+    omniglot_maml.Conv4(5, 4),
+    jax.random.key(0),
+    {'image': images[:1]},
+    ('image',),
+  )
+  alone = omniglot_maml.judge_alone(config)
+
+  def logits(how, rows):
+    batch = {'image': images[rows], 'support_image': images[100:105]}
+    return np.asarray(how(params, {}, batch, None)[0])[0]
+
+  together, single = logits(alone, [0, 30, 60]), logits(alone, [0])
+  np.testing.assert_allclose(together, single, rtol=1e-5, atol=1e-6)
+  together, single = (logits(transductive, r) for r in ([0, 30, 60], [0]))
+  assert np.abs(together - single).max() > 1e-3
+
+
+def test_too_many_characters_are_refused_in_one_line(tmp_path, drawn):
+  config = omniglot_maml.Config(train_characters=58, validation_characters=1)
+  with pytest.raises(UsageError, match='leave 1 of 60 to test on'):
+    omniglot_maml.load(config, Context(tmp_path))
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+  """A random two-layer BERT with MiniLM's tokenizer."""
+  try:
+    tokenizer = pretrained.find(MINILM)
+  except UsageError as error:
+    pytest.skip(f'no tokenizer: {error}')
+  config = BertConfig(
+    hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
+  )
+  batch = {
+    'input_ids': np.ones((1, 4), np.int32),
+    'attention_mask': np.ones((1, 4), np.int32),
+  }
+  params, _ = init(BertClassifier(config), jax.random.key(0), batch)
+  folder = tmp_path_factory.mktemp('tiny') / 'model'
+  save_bert(folder, params, config, tokenizer)
+  return folder
+
+
+@pytest.fixture
+def few_texts(monkeypatch):
+  """Names of 25 texts each; as many names as the splits need."""
+  words = 'array axis value number index size shape order mode name'.split()
+  names = [f'p{index}' for index in range(60)]
+  rows = [(n, f'{words[i % 10]} {i} {n}') for n in names for i in range(25)]
+  columns = {
+    'name': np.array([name for name, _ in rows], object),
+    'text': np.array([text for _, text in rows], object),
+  }
+  monkeypatch.setattr(docparams, 'load', lambda subset: {'train': columns})
+
+
+def test_docparams_maml_runs_every_kind_of_row(tmp_path, tiny, few_texts):
+  folder = tmp_path / 'run'
+  result = small('docparams_maml', folder, model=tiny)
+  methods = docparams_maml.SMALL['methods']
+  for name in (docparams_maml.REFERENCE, *methods):
+    assert 0 <= result['metrics'][f'fewshot/{name}'] <= 1
+    assert f'fewshot/{name}' in result['ci95']
+  assert (folder / 'panel_b.png').read_bytes().startswith(b'\x89PNG')
+  for name in methods:
+    path = folder / 'trials' / 'fewshot' / name / 'seed_0.json'
+    trial = json.loads(path.read_text())
+    assert len(trial['tried']) == 2 and trial['setting'] in trial['tried']
+    assert len(trial['correct']) == docparams_maml.SMALL['test_episodes']
+
+
+def test_classes_are_split_by_name_and_disjoint(tmp_path, tiny, few_texts):
+  config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
+  bench = docparams_maml.Bench(config, Context(tmp_path))
+  flat = [name for split in bench.classes.values() for name in split]
+  assert sorted(flat) == sorted(f'p{index}' for index in range(60))
+  assert len(set(flat)) == len(flat)
+  assert docparams_maml.split_of('alpha') == 'train'
+  assert docparams_maml.split_of('axis') == 'test'
+
+
+def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
+  tmp_path, tiny, few_texts
+):
+  config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
+  bench = docparams_maml.Bench(config, Context(tmp_path))
+  family = docparams_maml.Family(bench, head_only=True)
+  params, batch = family.start(0), bench.held_out('test')[0]
+  logits = bench.classify(
+    params['model'], {}, jax.tree.map(lambda x: x[0], batch['query']), None
+  )
+  assert not np.asarray(logits).any()
+  moved = np.asarray(family.predict(params, batch))
+  assert moved.shape == (10, 2, 25, 5) and moved.any()
+
+
+def test_only_meta_sgd_moves_the_inner_rates(tmp_path, tiny, few_texts):
+  small_config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
+  config = dataclasses.replace(small_config, iterations=2)
+  bench = docparams_maml.Bench(config, Context(tmp_path))
+  family = docparams_maml.Family(bench, head_only=True)
+  start = family.start(0)['hyper']['head']['kernel']
+  rates = {
+    method: float(
+      docparams_maml.meta_train(family, method, 0, quiet=True).params['hyper'][
+        'head'
+      ]['kernel']
+    )
+    for method in ('MAML', 'Meta-SGD')
+  }
+  assert rates['MAML'] == float(start)
+  assert rates['Meta-SGD'] != float(start)
+
+
+def test_an_unknown_method_is_refused_with_those_that_exist(
+  tmp_path, tiny, few_texts
+):
+  config = docparams_maml.Config(
+    **{**docparams_maml.SMALL, 'methods': ('maml',)}, model=str(tiny)
+  )
+  bench = docparams_maml.Bench(config, Context(tmp_path))
+  with pytest.raises(UsageError, match="no method 'maml'; possible: fine-t"):
+    docparams_maml.run_methods(bench)
