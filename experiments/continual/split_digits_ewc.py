@@ -16,7 +16,7 @@ experiments/README.md.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ from fmeta.report import Panel, Row, stream, terminal_table
 from fmeta.workdir import Context
 
 PAIRS = {f'{a}/{a + 1}': (a, a + 1) for a in range(0, 10, 2)}
-SCENARIOS = ('task', 'domain', 'class')
 
 
 @dataclasses.dataclass
@@ -42,7 +41,7 @@ class Config:
 
   seed: Seeds = dataclasses.field(default_factory=Seeds)
   seeds: int = 5
-  scenario: str = 'task'
+  scenario: Literal['task', 'domain', 'class'] = 'task'
   methods: tuple[str, ...] = methods.NAMES
   sizes: tuple[int, ...] = (100, 100)
   steps_per_task: int = 100
@@ -105,10 +104,6 @@ def tasks_of(columns: data.Columns, scenario: str) -> list[streams.Task]:
 
 def open_bench(config: Config) -> Bench:
   """Loads digits in the shape of the scenario."""
-  if config.scenario not in SCENARIOS:
-    raise fmeta.UsageError(
-      f'no scenario {config.scenario!r}; possible: {", ".join(SCENARIOS)}'
-    )
   module = Mlp(config.sizes, 2 if config.scenario == 'domain' else 10)
   inner = models.forward(module, models.IMAGE)
 
