@@ -87,13 +87,13 @@ def save_run(
     UsageError: if another model is there, there is no tokenizer, or labels
       and head differ in number.
   """
-  folder = pathlib.Path(workdir) / MODEL
+  folder, source = pathlib.Path(workdir) / MODEL, pathlib.Path(source_folder)
   head = {f'head/{key}': np.asarray(x) for key, x in params['head'].items()}
   _check_head(head, module.config.hidden_size, labels, folder)
-  text.load_tokenizer(source_folder)
+  text.load_tokenizer(source)  # Refuses a folder without one, early.
   partial = folder.with_name(MODEL + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
-  save_bert(partial, params, module.config, source_folder)
+  save_bert(partial, params, module.config, source)
   save_file(head, partial / HEAD)
   fields = {
     'labels': list(labels),

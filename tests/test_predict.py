@@ -86,13 +86,16 @@ def test_probabilities_are_those_of_each_text_alone(workdir):
   together = predict.probabilities(run, TEXTS * 10)
   assert together.shape == (40, 3)
   np.testing.assert_allclose(together.sum(1), 1, rtol=1e-12)
+  alone = jax.jit(lambda p, b: run.forward(p, {}, b, None)[0])
   for row, text in zip(together, TEXTS, strict=False):
     ids = run.tokenizer.encode(text).ids
-    ids = np.array([ids[:23] + [3] if len(ids) > 24 else ids], np.int32)
-    batch = {'input_ids': ids, 'attention_mask': np.ones_like(ids)}
-    logits = answer(run.forward, run.params, batch)
-    alone = evaluate.Predictions(np.asarray(logits), np.zeros(1))
-    np.testing.assert_allclose(row, alone.probabilities[0], rtol=1e-4)
+    ids = ids[:23] + [3] if len(ids) > 24 else ids
+    mask = np.arange(24) < len(ids)
+    ids = np.pad(ids, (0, 24 - len(ids))).astype(np.int32)
+    batch = {'input_ids': ids[None], 'attention_mask': mask[None]}
+    logits = alone(run.params, batch)
+    wanted = evaluate.Predictions(np.asarray(logits), np.zeros(1))
+    np.testing.assert_allclose(row, wanted.probabilities[0], rtol=1e-4)
   assert predict.probabilities(run, []).shape == (0, 3)
 
 
