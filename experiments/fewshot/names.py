@@ -127,27 +127,22 @@ class Family:
   """
 
   def __init__(self, bench: Bench, head_only: bool):
-    self.bench, self.head_only = bench, head_only
+    self.bench = bench
     config = bench.config
-    self.tuning = fmeta.select('head/.*')
-    if not head_only:
-      self.tuning = fmeta.lora(
-        config.adapted, rank=config.lora_rank, also=('head/.*',)
-      )
+    patterns = ('head/.*',) if head_only else (config.adapted, 'head/.*')
+    self.tuning = fmeta.select(*patterns)
     self.predict = jax.jit(self._curve)
 
   def start(self, seed: int) -> dict:
     """Outer parameters before meta-training."""
     config, model = self.bench.config, self.bench.start
     key = jax.random.key(config.seed.init + seed)
-    if not self.head_only:
-      model = fmeta.lora_init(model, key, (config.adapted,), config.lora_rank)
     moving, _ = self.tuning.init(model, key)
 
     def log_rate(name, leaf):
       del leaf
       head = name.startswith('head/')
-      return jnp.log(config.head_rate if head else config.lora_rate)
+      return jnp.log(config.head_rate if head else config.norm_rate)
 
     return {'model': model, 'hyper': tree.map_with_name(log_rate, moving)}
 
