@@ -9,8 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+import fmeta
 from experiments import run
-from experiments.fewshot import docparams_maml, omniglot_maml, sinusoid_maml
+from experiments.fewshot import (
+  docparams_maml,
+  names,
+  omniglot_maml,
+  sinusoid_maml,
+)
 from fmeta import data, pretrained
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
@@ -118,24 +124,19 @@ def test_anil_leaves_the_body_where_it_is_in_the_inner_loop(
 def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
   config = omniglot_maml.Config(**omniglot_maml.SMALL)
   splits = omniglot_maml.load(config, Context(tmp_path))
-  train = set((splits['train']['label'] % 60).tolist())
-  # Rotations are numbered behind the largest label of the training part.
-  turned = int(splits['train']['label'].max())
+  upright, validation, test = (
+    set(splits[name]['label'][:600].tolist())  # the first turn comes first
+    for name in ('train', 'validation', 'test')
+  )
+  assert len(upright) == 30 and upright | validation | test == set(range(60))
+  assert not upright & validation and not validation & test
   assert len(splits['train']['label']) == 4 * 30 * 20
   assert len(np.unique(splits['train']['label'])) == 4 * 30
-  assert turned >= 3 * 30
-  validation = set(splits['validation']['label'].tolist())
-  test = set(splits['test']['label'].tolist())
-  upright = set(splits['train']['label'][: 30 * 20].tolist())
-  assert len(train) and upright | validation | test == set(range(60))
-  assert not upright & validation and not validation & test
 
 
 def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
   config = omniglot_maml.Config(filters=4)
-  learner, _, transductive = omniglot_maml.outer_learner(
-    config, omniglot_maml.fmeta.full()
-  )
+  learner, _, transductive = omniglot_maml.outer_learner(config, fmeta.full())
   del learner
   images = drawn_characters()['background']['image']
   params, _ = init(
@@ -186,8 +187,8 @@ def tiny(tmp_path_factory):
 def few_texts(monkeypatch):
   """Names of 25 texts each; as many names as the splits need."""
   words = 'array axis value number index size shape order mode name'.split()
-  names = [f'p{index}' for index in range(60)]
-  rows = [(n, f'{words[i % 10]} {i} {n}') for n in names for i in range(25)]
+  classes = [f'p{index}' for index in range(60)]
+  rows = [(n, f'{words[i % 10]} {i} {n}') for n in classes for i in range(25)]
   columns = {
     'name': np.array([name for name, _ in rows], object),
     'text': np.array([text for _, text in rows], object),
@@ -212,20 +213,20 @@ def test_docparams_maml_runs_every_kind_of_row(tmp_path, tiny, few_texts):
 
 def test_classes_are_split_by_name_and_disjoint(tmp_path, tiny, few_texts):
   config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
-  bench = docparams_maml.Bench(config, Context(tmp_path))
+  bench = names.Bench(config, Context(tmp_path))
   flat = [name for split in bench.classes.values() for name in split]
   assert sorted(flat) == sorted(f'p{index}' for index in range(60))
   assert len(set(flat)) == len(flat)
-  assert docparams_maml.split_of('alpha') == 'train'
-  assert docparams_maml.split_of('axis') == 'test'
+  assert names.split_of('alpha') == 'train'
+  assert names.split_of('axis') == 'test'
 
 
 def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
   tmp_path, tiny, few_texts
 ):
   config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
-  bench = docparams_maml.Bench(config, Context(tmp_path))
-  family = docparams_maml.Family(bench, head_only=True)
+  bench = names.Bench(config, Context(tmp_path))
+  family = names.Family(bench, head_only=True)
   params, batch = family.start(0), bench.held_out('test')[0]
   logits = bench.classify(
     params['model'], {}, jax.tree.map(lambda x: x[0], batch['query']), None
@@ -238,8 +239,8 @@ def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
 def test_only_meta_sgd_moves_the_inner_rates(tmp_path, tiny, few_texts):
   small_config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
   config = dataclasses.replace(small_config, iterations=2)
-  bench = docparams_maml.Bench(config, Context(tmp_path))
-  family = docparams_maml.Family(bench, head_only=True)
+  bench = names.Bench(config, Context(tmp_path))
+  family = names.Family(bench, head_only=True)
   start = family.start(0)['hyper']['head']['kernel']
   rates = {
     method: float(
@@ -259,6 +260,6 @@ def test_an_unknown_method_is_refused_with_those_that_exist(
   config = docparams_maml.Config(
     **{**docparams_maml.SMALL, 'methods': ('maml',)}, model=str(tiny)
   )
-  bench = docparams_maml.Bench(config, Context(tmp_path))
+  bench = names.Bench(config, Context(tmp_path))
   with pytest.raises(UsageError, match="no method 'maml'; possible: fine-t"):
     docparams_maml.run_methods(bench)
