@@ -249,7 +249,7 @@ def check_meta_safe(
         return derivative(near, weights)
 
       value, grads = at(0.0)
-      slope = float(optax.tree.vdot(grads, direction))
+      slope = float(jnp.asarray(optax.tree.vdot(grads, direction)))
       measured = float(at(1e-7)[0] - at(-1e-7)[0]) / 2e-7
       allowed = 1e-3 * (abs(measured) + abs(float(value))) + 1e-8
       if not abs(slope - measured) <= allowed:
