@@ -20,9 +20,10 @@ from fmeta import sharding
 from fmeta.dispatch import Program
 from fmeta.errors import UsageError
 from fmeta.log import Live, Metrics, refuse_used
-from fmeta.loop import Diverged, Fitted, Loop, Settings, Stage, own, strong
+from fmeta.loop import Loop, own, strong
 from fmeta.saver import Saver, on_sigterm
 from fmeta.sharding import Rules
+from fmeta.stages import Diverged, Fitted, Settings, Stage
 from fmeta.stopping import Monitor
 from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
 

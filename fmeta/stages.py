@@ -1,0 +1,126 @@
+"""What `fmeta.train.fit` takes and gives, and where its loop is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fmeta.errors import UsageError
+from fmeta.stopping import Best, Monitor
+from fmeta.types import Batch, Forward, Params, TrainState
+
+
+class Stage(NamedTuple):
+  """A task of a stream; plain training is one stage.
+
+  Attributes:
+    name: appears in the log.
+    batches: `i -> batch`, pure; i counts from the stage's start.
+    num_steps: at least 1.
+    remember: what `learner.end_task` consolidates on; nothing: no
+      consolidation.
+  """
+
+  name: str
+  batches: Callable[[int], Batch]
+  num_steps: int
+  remember: Sequence[Batch] = ()
+
+
+class Fitted(NamedTuple):
+  """What `fit` returns.
+
+  Attributes:
+    state: the last state; with `restore_best`, its trainable leaves and model
+      state are those of the best evaluation.
+    params: the merged parameters of `state`.
+    history: a dict of floats per logged step (`step`, `stage`, `loss`, ...),
+      those of before a resume included.
+    evaluations: `{'step', 'stage', 'evaluation': {name: value}}` each.
+    matrix: row i is what `after_stage` gave after stage i.
+    steps: value of `state.step`.
+    examples_per_second: rows of the leading batch axis per second (episodes:
+      tasks), without compilation, evaluations and saves; 0 if no step ran.
+    stopped_early: whether patience ended the last stage.
+    best_step: step of the last stage's best evaluation.
+    flops_per_step: see `Program`.
+    peak_bytes: see `Program`.
+    traces: programs compiled.
+  """
+
+  state: TrainState
+  params: Params
+  history: list[dict[str, Any]]
+  evaluations: list[dict[str, Any]]
+  matrix: list[list[float]]
+  steps: int
+  examples_per_second: float
+  stopped_early: bool
+  best_step: int | None
+  flops_per_step: float | None
+  peak_bytes: int | None
+  traces: int
+
+
+class Diverged(UsageError):
+  """A loss or an update is not finite; no checkpoint has been overwritten."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The arguments of `fit` that the loop reads."""
+
+  forward: Forward | None
+  evaluate: Callable[[Params, Any], Mapping[str, float]] | None
+  evaluate_every: int
+  monitor: Monitor
+  restore_best: bool
+  after_stage: Callable[[Params, Any, int], Sequence[float]] | None
+  checkpoint_every: int
+  steps_per_dispatch: int
+  log_every: int
+  place_batches: Callable[[Batch], Batch]
+
+  def check(self, stages: Sequence[Stage]) -> None:
+    """Refuses settings that contradict each other.
+
+    Raises:
+      UsageError: naming the first that does.
+    """
+    if not stages:
+      raise UsageError('fit was given no stages; give at least one')
+    for name in ('steps_per_dispatch', 'log_every'):
+      if getattr(self, name) < 1:
+        raise UsageError(f'{name}={getattr(self, name)}; give at least 1')
+    for stage in stages:
+      if stage.num_steps < 1:
+        raise UsageError(
+          f'stage {stage.name!r} has num_steps={stage.num_steps}; give >= 1'
+        )
+      if stage.remember and self.forward is None:
+        raise UsageError(
+          f'stage {stage.name!r} remembers batches; give `forward` to '
+          'consolidate with'
+        )
+    if self.evaluate is None and self.restore_best:
+      raise UsageError('restore_best needs `evaluate`')
+    if self.monitor.patience is not None and not (
+      self.evaluate and self.evaluate_every
+    ):
+      raise UsageError('patience needs `evaluate` and evaluate_every >= 1')
+
+
+@dataclasses.dataclass
+class Progress:
+  """Where the loop is; saved as JSON beside the state."""
+
+  step: int
+  stage: int = 0
+  index: int = 0
+  best: Best = dataclasses.field(default_factory=Best)
+  stopped_early: bool = False
+  matrix: list[list[float]] = dataclasses.field(default_factory=list)
+
+  @classmethod
+  def from_json(cls, json: dict) -> 'Progress':
+    """The inverse of `dataclasses.asdict`."""
+    return cls(**{**json, 'best': Best(**json['best'])})
