@@ -228,10 +228,9 @@ def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
   bench = names.Bench(config, Context(tmp_path))
   family = names.Family(bench, head_only=True)
   params, batch = family.start(0), bench.held_out('test')[0]
-  logits = bench.classify(
-    params['model'], {}, jax.tree.map(lambda x: x[0], batch['query']), None
-  )
-  assert not np.asarray(logits).any()
+  query = jax.tree.map(lambda x: x[0], batch['query'])
+  logits, _ = bench.classify(params['model'], {}, query, None)
+  assert logits.shape == (25, 5) and not np.asarray(logits).any()
   moved = np.asarray(family.predict(params, batch))
   assert moved.shape == (10, 2, 25, 5) and moved.any()
 
