@@ -253,3 +253,8 @@ def test_the_summary_names_its_forgetting():
   assert kept['backward transfer'] == pytest.approx(-0.075)
   assert kept['average accuracy'] == pytest.approx(2.45 / 3)
   assert methods.summary([[]]) == {}
+
+
+def test_little_forgetting_is_said():
+  assert 'forgets 0.5 points' in methods.remark(0.005)
+  assert methods.remark(0.03) == methods.remark(None) == ''

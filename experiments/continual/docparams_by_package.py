@@ -32,7 +32,7 @@ import numpy as np
 import fmeta
 from experiments.common import Seeds, best_setting, placement, trial
 from experiments.continual import methods
-from experiments.continual.packages import Bench, initial_params
+from experiments.continual.packages import Bench, initial_params, protocol
 from fmeta import metrics as measures
 from fmeta import report, table, train
 from fmeta.datasets import docparams
@@ -227,33 +227,6 @@ def row_of(
   return row, numbers, ci95
 
 
-def note(bench: Bench, config: Config) -> str:
-  """The protocol in words."""
-  tasks = bench.tasks()
-  row = fmeta.tree.num_bytes(
-    {k: np.zeros(x.shape, x.dtype) for k, x in bench.rows.items()}
-  )
-  texts, files = len(bench.test['label']), len(set(bench.test['file']))
-  return (
-    f'Packages in the order {", ".join(config.packages)}, '
-    f'{min(len(t.columns["label"]) for t in tasks)} or more training texts '
-    f'each, at most {config.train_examples}, {config.epochs} epoch(s); '
-    f'accuracy over all {texts:,} test texts after the last package, its '
-    'interval and the paired differences resample the '
-    f'{files} test files; "average" is the mean over packages and '
-    '"forgetting" the mean drop from the best earlier accuracy (Chaudhry et '
-    f'al. 2018), both on at most {config.matrix_examples} test texts per '
-    'package. Every trained row tried '
-    f'{len(config.rates_naive)} settings on a stream of '
-    f'{config.search_examples} texts per package, judged on validation texts '
-    'of all packages. EWC: Fisher with sampled labels over '
-    f'{config.fisher_examples} texts per package. Replay: a reservoir of '
-    f'{config.memory_size} texts, {config.memory_size * row / 1e6:.1f} MB as '
-    f'cached states, {config.batch_size} of them in each step. '
-    f'The last {config.blocks} block(s) and the head move.'
-  )
-
-
 def panel(config: Config, context: Context) -> tuple[report.Panel, dict]:
   """Trains every row and returns the panel and its numbers."""
   bench = Bench(config)
@@ -289,12 +262,13 @@ def panel(config: Config, context: Context) -> tuple[report.Panel, dict]:
     for title, made in runs.items()
     if made and len(made[0]['matrix']) > 1
   }
+  lost = numbers.get('continual/naive forgetting (Chaudhry)')
   total = fmeta.tree.size(bench.parameters)
   shown = report.Panel(
     'Continual learning',
     'How much does it forget over a stream of packages?',
     rows,
-    note(bench, config),
+    protocol(bench) + methods.remark(lost),
     report.stream(rows, matrices, config.packages, metric='final accuracy'),
     metric='final accuracy',
     reference='naive' if 'naive' in correct else None,

@@ -162,3 +162,13 @@ def summary(matrices: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
     name: float(np.mean([measure(m) for m in full]))
     for name, measure in kinds.items()
   }
+
+
+def remark(forgetting: float | None) -> str:
+  """Says when a stream leaves little to forget (below two points)."""
+  if forgetting is None or forgetting >= 0.02:
+    return ''
+  return (
+    f' Naive training forgets {100 * forgetting:.1f} points here, so there is '
+    'little for the others to save: all tasks share their classes.'
+  )

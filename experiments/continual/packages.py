@@ -144,3 +144,29 @@ class Bench:
       CLASSES,
     )
     return mean.correct(self.test['label'])
+
+
+def protocol(bench: Bench) -> str:
+  """What was done, in words, for the note under the table."""
+  config, tasks = bench.config, bench.tasks()
+  fewest = min(len(task.columns['label']) for task in tasks)
+  row = fmeta.tree.num_bytes(bench.rows)
+  texts, files = len(bench.test['label']), len(set(bench.test['file']))
+  return (
+    f'Packages in the order {", ".join(config.packages)}, '
+    f'{fewest} to {config.train_examples} training texts each, '
+    f'{config.epochs} epoch(s); '
+    f'accuracy over all {texts:,} test texts after the last package, its '
+    'interval and the paired differences resample the '
+    f'{files} test files; "average" is the mean over packages and '
+    '"forgetting" the mean drop from the best earlier accuracy (Chaudhry et '
+    f'al. 2018), both on at most {config.matrix_examples} test texts per '
+    'package. Every trained row tried '
+    f'{len(config.rates_naive)} settings on a stream of '
+    f'{config.search_examples} texts per package, judged on validation texts '
+    'of all packages. EWC: Fisher with sampled labels over '
+    f'{config.fisher_examples} texts per package. Replay: a reservoir of '
+    f'{config.memory_size} texts, {config.memory_size * row / 1e6:.1f} MB as '
+    f'cached states, {config.batch_size} of them in each step. '
+    f'The last {config.blocks} block(s) and the head move.'
+  )
