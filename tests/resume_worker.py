@@ -25,7 +25,8 @@ import tensorboardX  # noqa: F401
 from orbax.checkpoint import v1  # noqa: F401
 
 import fmeta
-from fmeta import checkpoint, log, optim, train
+from fmeta import optim, train
+from fmeta.train import checkpoint, log
 
 NUM_STEPS, EVERY = 14, 4  # of the stream: two tasks of 7
 

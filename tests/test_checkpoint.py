@@ -6,8 +6,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fmeta import checkpoint, sharding
+from fmeta import sharding
 from fmeta.errors import UsageError
+from fmeta.train import checkpoint
 
 
 def state(scale=1.0):

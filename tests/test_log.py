@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fmeta import log
 from fmeta.errors import UsageError
+from fmeta.train import log
 
 
 def record(step, **values):

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import fmeta
-from fmeta import sharding, stopping, train
+from fmeta import sharding, train
 from fmeta.errors import UsageError
+from fmeta.train import stopping
 
 KEY = jax.random.key(2)
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmeta.dispatch import Program, chunks
-from fmeta.log import Live, Metrics, step_record
-from fmeta.saver import Saver
-from fmeta.stages import Diverged, Fitted, Progress, Settings, Stage
-from fmeta.stopping import Best
+from fmeta.train.dispatch import Program, chunks
+from fmeta.train.log import Live, Metrics, step_record
+from fmeta.train.saver import Saver
+from fmeta.train.stages import Diverged, Fitted, Progress, Settings, Stage
+from fmeta.train.stopping import Best
 from fmeta.types import Array, Batch, Learner, Params, TrainState
 
 # Beside the streams of `fmeta.learner`, folded into the step's key.

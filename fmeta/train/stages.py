@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fmeta.errors import UsageError
-from fmeta.stopping import Best, Monitor
+from fmeta.train.stopping import Best, Monitor
 from fmeta.types import Batch, Forward, Params, TrainState
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmeta.checkpoint import Checkpoints, digests, fingerprint
 from fmeta.errors import UsageError
+from fmeta.train.checkpoint import Checkpoints, digests, fingerprint
 from fmeta.types import Array, Params, TrainState
 
 

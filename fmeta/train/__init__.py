@@ -17,14 +17,14 @@ import jax
 from jax.sharding import Mesh
 
 from fmeta import sharding
-from fmeta.dispatch import Program
 from fmeta.errors import UsageError
-from fmeta.log import Live, Metrics, refuse_used
-from fmeta.loop import Loop, own, strong
-from fmeta.saver import Saver, on_sigterm
 from fmeta.sharding import Rules
-from fmeta.stages import Diverged, Fitted, Settings, Stage
-from fmeta.stopping import Monitor
+from fmeta.train.dispatch import Program
+from fmeta.train.log import Live, Metrics, refuse_used
+from fmeta.train.loop import Loop, own, strong
+from fmeta.train.saver import Saver, on_sigterm
+from fmeta.train.stages import Diverged, Fitted, Settings, Stage
+from fmeta.train.stopping import Monitor
 from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
 
 __all__ = ['Diverged', 'Fitted', 'Program', 'Stage', 'fit']
