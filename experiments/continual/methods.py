@@ -92,9 +92,9 @@ def learner(
   recipe: Recipe, method: str, setting: Setting, rows: Rows
 ) -> fmeta.Learner:
   """The same step, with what the method adds to it."""
-  optimizer = optax.inject_hyperparams(optim.adamw)(
-    setting.rate, multipliers=recipe.multipliers
-  )
+  optimizer = optax.inject_hyperparams(
+    lambda rate: optim.adamw(rate, multipliers=recipe.multipliers)
+  )(setting.rate)
   remembers = None
   if method == 'ewc':
     # strength/2 F d^2 = 1/2 (strength F) d^2, and the anchors' F-weighted

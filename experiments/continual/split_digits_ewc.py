@@ -53,7 +53,7 @@ class Config:
 
 
 SMALL = {
-  'seeds': 2,
+  'seeds': 1,
   'methods': ('naive', 'ewc', 'replay'),
   'sizes': (16,),
   'steps_per_task': 6,
