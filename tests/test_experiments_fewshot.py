@@ -149,7 +149,8 @@ def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
 
   def logits(how, rows):
     batch = {'image': images[rows], 'support_image': images[100:105]}
-    return np.asarray(how(params, {}, batch, None)[0])[0]
+    run = jax.jit(lambda params, batch: how(params, {}, batch, None)[0])
+    return np.asarray(run(params, batch))[0]
 
   together, single = logits(alone, [0, 30, 60]), logits(alone, [0])
   np.testing.assert_allclose(together, single, rtol=1e-5, atol=1e-6)
@@ -229,7 +230,7 @@ def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
   family = names.Family(bench, head_only=True)
   params, batch = family.start(0), bench.held_out('test')[0]
   query = jax.tree.map(lambda x: x[0], batch['query'])
-  logits, _ = bench.classify(params['model'], {}, query, None)
+  logits = jax.jit(bench.classify)(params['model'], {}, query, None)[0]
   assert logits.shape == (25, 5) and not np.asarray(logits).any()
   moved = np.asarray(family.predict(params, batch))
   assert moved.shape == (10, 2, 25, 5) and moved.any()
