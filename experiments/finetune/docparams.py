@@ -41,7 +41,7 @@ from fmeta.pretrained import MINILM
 from fmeta.report import Panel, Row, bars, terminal_table
 from fmeta.workdir import Context
 
-BLOCKS = 'body/layer_[{}]/.*'
+REFERENCE = 'TF-IDF + linear SVM'
 
 
 @dataclasses.dataclass
@@ -340,13 +340,9 @@ def baseline_rows(bench: Bench) -> dict[str, tuple[np.ndarray, str]]:
   }
 
 
-def panel(config: Config, context: Context) -> tuple[Panel, dict]:
-  """Trains every method and returns the panel and its numbers."""
-  bench = open_bench(config, context)
-  groups = bench.groups
-  correct, settings, extra, macro = {}, {}, {}, {}
-  for name, (right, setting) in baseline_rows(bench).items():
-    correct[name], settings[name] = right[None], setting
+def trained_rows(bench: Bench) -> dict[str, tuple[str, list[dict]]]:
+  """Name -> (setting, one result per seed), printed as they come."""
+  config, out = bench.config, {}
   for name in config.methods:
     method = Method(bench, name)
     print(f'\n{name}\n{method.table()}', flush=True)
@@ -357,56 +353,76 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
       method.final(float(rate), seed, keep=name == 'full' and seed == 0)
       for seed in range(config.seeds)
     ]
-    correct[name] = np.array([run['correct'] for run in runs])
     epochs = '/'.join(str(run['epoch']) for run in runs)
-    settings[name] = f'rate {rate}, epoch {epochs} of {config.epochs}'
-    extra[name] = runs
-    labels = bench.splits['test']['label']
-    macro[name] = float(
-      np.mean(
-        [
-          metrics.macro_f1(run['predicted'], labels, len(docparams.LABELS))
-          for run in runs
-        ]
-      )
+    out[name] = f'rate {rate}, epoch {epochs} of {config.epochs}', runs
+  return out
+
+
+class Scores:
+  """Intervals over test files, kept by name for `result.json`."""
+
+  def __init__(self, bench: Bench, correct: dict[str, np.ndarray]):
+    self.groups, self.correct = bench.groups, correct
+    self.labels = bench.splits['test']['label']
+    self.metrics, self.ci95 = {}, {}
+
+  def _keep(self, name: str, interval: metrics.Interval):
+    self.metrics[f'finetune/{name}'] = interval.mean
+    self.ci95[f'finetune/{name}'] = interval.ci95
+    return interval
+
+  def accuracy(self, name: str) -> metrics.Interval:
+    """Seed-averaged accuracy of a row."""
+    interval = metrics.bootstrap_ci(self.correct[name], self.groups)
+    return self._keep(name, interval)
+
+  def difference(self, name: str, other: str) -> metrics.Interval | None:
+    """Paired difference of two rows; None if one of them is absent."""
+    if name == other or other not in self.correct:
+      return None
+    interval = metrics.paired_bootstrap(
+      self.correct[name], self.correct[other], self.groups
     )
-  reference = 'TF-IDF + linear SVM'
-  rows, numbers, ci95 = [], {}, {}
-  for name, right in correct.items():
-    interval = metrics.bootstrap_ci(right, groups)
-    difference = metrics.paired_bootstrap(right, correct[reference], groups)
-    runs = extra.get(name)
-    numbers[f'finetune/{name}'] = interval.mean
-    ci95[f'finetune/{name}'] = interval.ci95
-    more = {}
-    if 'probe' in correct and name in extra and name != 'probe':
-      against = metrics.paired_bootstrap(right, correct['probe'], groups)
-      numbers[f'finetune/{name} minus probe'] = against.mean
-      ci95[f'finetune/{name} minus probe'] = against.ci95
-    if name != reference:
-      numbers[f'finetune/{name} minus {reference}'] = difference.mean
-      ci95[f'finetune/{name} minus {reference}'] = difference.ci95
-    if runs:
-      more['macro F1'] = macro[name]
-      numbers[f'finetune/{name} macro F1'] = macro[name]
-      numbers[f'finetune/{name} calibration error'] = float(
-        np.mean([run['calibration_error'] for run in runs])
-      )
-    rows.append(
-      Row(
-        name,
-        interval.mean,
-        interval.ci95,
-        setting=settings[name],
-        trainable=runs[0]['trainable'] if runs else None,
-        seconds=float(np.mean([r['seconds'] for r in runs])) if runs else None,
-        baseline=name not in extra,
-        difference=None if name == reference else tuple(difference),
-        more=more,
-      )
+    return self._keep(f'{name} minus {other}', interval)
+
+  def macro_f1(self, name: str, runs: list[dict]) -> float:
+    """Mean over seeds; also keeps the calibration error."""
+    size = len(docparams.LABELS)
+    value = np.mean(
+      [metrics.macro_f1(run['predicted'], self.labels, size) for run in runs]
     )
-  total = tree.size(bench.params)
-  note = (
+    error = np.mean([run['calibration_error'] for run in runs])
+    self.metrics[f'finetune/{name} macro F1'] = float(value)
+    self.metrics[f'finetune/{name} calibration error'] = float(error)
+    return float(value)
+
+
+def row_of(scores: Scores, name: str, setting: str, runs: list[dict]) -> Row:
+  """A line of the table; baselines have no runs."""
+  interval = scores.accuracy(name)
+  difference = scores.difference(name, REFERENCE)
+  cost = {}
+  if runs:
+    scores.difference(name, 'probe')
+    cost = {
+      'trainable': runs[0]['trainable'],
+      'seconds': float(np.mean([run['seconds'] for run in runs])),
+      'more': {'macro F1': scores.macro_f1(name, runs)},
+    }
+  return Row(
+    name,
+    interval.mean,
+    interval.ci95,
+    setting=setting,
+    baseline=not runs,
+    difference=difference and tuple(difference),
+    **cost,
+  )
+
+
+def note(config: Config, groups: np.ndarray) -> str:
+  """The protocol in a paragraph."""
+  return (
     f'{config.train_examples:,} training texts, {config.test_examples:,} test '
     f'texts from {len(np.unique(groups))} files, split by file; accuracy is '
     f'the mean of {config.seeds} seed(s), its interval and the paired '
@@ -415,31 +431,51 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
     f'{config.validation_examples} validation texts, the SVM as many values '
     'of C. Frozen blocks run once per text; there is no dropout.'
   )
+
+
+def data_sha256(bench: Bench) -> str:
+  """sha256 of the example stream: text, label and file, split by split."""
+  return data.fingerprint(
+    {
+      key: np.concatenate([bench.splits[s][key] for s in bench.splits])
+      for key in ('text', 'label', 'file')
+    }
+  )
+
+
+def panel(config: Config, context: Context) -> tuple[Panel, dict]:
+  """Trains every method and returns the panel and its numbers."""
+  bench = open_bench(config, context)
+  baseline, trained = baseline_rows(bench), trained_rows(bench)
+  correct = {name: right[None] for name, (right, _) in baseline.items()}
+  for name, (_, runs) in trained.items():
+    correct[name] = np.array([run['correct'] for run in runs])
+  scores = Scores(bench, correct)
+  rows = [
+    row_of(scores, n, setting, []) for n, (_, setting) in baseline.items()
+  ]
+  rows += [
+    row_of(scores, n, *setting_runs) for n, setting_runs in trained.items()
+  ]
+  total = tree.size(bench.params)
   shown = Panel(
     'Fine-tuning',
     'How well does the model fine-tune?',
     rows,
-    note,
+    note(config, bench.groups),
     bars(rows, total=total),
-    reference=reference,
+    reference=REFERENCE,
     total=total,
   )
-  last = extra[config.methods[-1]][0]
+  last = trained[config.methods[-1]][1][0]
+  cost = ('steps', 'examples_per_second', 'flops_per_step', 'peak_bytes')
   outcome = {
-    'metrics': numbers,
-    'ci95': ci95,
-    'steps': last['steps'],
-    'examples_per_second': last['examples_per_second'],
-    'flops_per_step': last['flops_per_step'],
-    'peak_bytes': last['peak_bytes'],
+    'metrics': scores.metrics,
+    'ci95': scores.ci95,
+    **{key: last[key] for key in cost},
     'trainable_parameters': last['trainable'],
     'total_parameters': total,
-    'data_sha256': data.fingerprint(
-      {
-        key: np.concatenate([bench.splits[s][key] for s in bench.splits])
-        for key in ('text', 'label', 'file')
-      }
-    ),
+    'data_sha256': data_sha256(bench),
   }
   return shown, outcome
 
