@@ -44,6 +44,34 @@ def x64():
 
 
 @pytest.fixture(scope='session')
+def tiny_bert(tmp_path_factory) -> pathlib.Path:
+  """A checkpoint folder: BERT of width 16, random, MiniLM's tokenizer."""
+  import numpy as np
+
+  from fmeta import models, pretrained
+  from fmeta.errors import UsageError
+
+  try:
+    tokenizer = pretrained.find(pretrained.MINILM)
+  except UsageError as error:
+    pytest.skip(str(error))
+  config = models.BertConfig(
+    hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
+  )
+  ids = jax.ShapeDtypeStruct((1, 4), 'int32')
+  shapes = jax.eval_shape(
+    models.BertClassifier(config).init, jax.random.key(0), ids, ids
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes['params']
+  )
+  folder = tmp_path_factory.mktemp('bert') / 'model'
+  pretrained.save_bert(folder, params, config, tokenizer)
+  return folder
+
+
+@pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
   """The folder with real data and weights; skips the test without it."""
   beside = (

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -16,9 +15,8 @@ from experiments.continual import (
   packages,
   split_digits_ewc,
 )
-from fmeta import data, models, pretrained, stream, train
-from fmeta.errors import UsageError
-from fmeta.models import BertClassifier, BertConfig, Mlp
+from fmeta import data, models, stream, train
+from fmeta.models import Mlp
 
 SIZES = (2, 3, 4)
 
@@ -32,32 +30,6 @@ def execute(module, workdir, **settings) -> dict:
     argv.append(f'--config.{name}={value}')
   assert job.main(argv) == 0
   return json.loads((workdir / 'result.json').read_text())
-
-
-@pytest.fixture(scope='module')
-def tiny_bert(tmp_path_factory) -> pathlib.Path:
-  """A BERT of width 16 with random weights and MiniLM's tokenizer."""
-  try:
-    source = pretrained.find(pretrained.MINILM)
-  except UsageError as error:
-    pytest.skip(str(error))
-  config = BertConfig(
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    intermediate_size=32,
-    dropout=0.0,
-    attention_dropout=0.0,
-  )
-  ids = np.ones((1, 4), np.int32)
-  params, _ = models.init(
-    BertClassifier(config, 2),
-    jax.random.key(0),
-    {'input_ids': ids, 'attention_mask': ids},
-  )
-  folder = tmp_path_factory.mktemp('bert')
-  pretrained.save_bert(folder, params, config, source)
-  return folder
 
 
 def test_the_stream_of_packages_gives_a_table_and_a_picture(

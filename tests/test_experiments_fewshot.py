@@ -17,11 +17,10 @@ from experiments.fewshot import (
   omniglot_maml,
   sinusoid_maml,
 )
-from fmeta import data, pretrained
+from fmeta import data
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
-from fmeta.models import BertClassifier, BertConfig, init
-from fmeta.pretrained import MINILM, save_bert
+from fmeta.models import init
 from fmeta.result import OUTCOME
 from fmeta.workdir import Context
 
@@ -164,26 +163,6 @@ def test_too_many_characters_are_refused_in_one_line(tmp_path, drawn):
     omniglot_maml.load(config, Context(tmp_path))
 
 
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-  """A random two-layer BERT with MiniLM's tokenizer."""
-  try:
-    tokenizer = pretrained.find(MINILM)
-  except UsageError as error:
-    pytest.skip(f'no tokenizer: {error}')
-  config = BertConfig(
-    hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32
-  )
-  batch = {
-    'input_ids': np.ones((1, 4), np.int32),
-    'attention_mask': np.ones((1, 4), np.int32),
-  }
-  params, _ = init(BertClassifier(config), jax.random.key(0), batch)
-  folder = tmp_path_factory.mktemp('tiny') / 'model'
-  save_bert(folder, params, config, tokenizer)
-  return folder
-
-
 @pytest.fixture
 def few_texts(monkeypatch):
   """Names of 25 texts each; as many names as the splits need."""
@@ -197,9 +176,9 @@ def few_texts(monkeypatch):
   monkeypatch.setattr(docparams, 'load', lambda subset: {'train': columns})
 
 
-def test_docparams_maml_runs_every_kind_of_row(tmp_path, tiny, few_texts):
+def test_docparams_maml_runs_every_kind_of_row(tmp_path, tiny_bert, few_texts):
   folder = tmp_path / 'run'
-  result = small('docparams_maml', folder, model=tiny)
+  result = small('docparams_maml', folder, model=tiny_bert)
   methods = docparams_maml.SMALL['methods']
   for name in (docparams_maml.REFERENCE, *methods):
     assert 0 <= result['metrics'][f'fewshot/{name}'] <= 1
@@ -212,8 +191,8 @@ def test_docparams_maml_runs_every_kind_of_row(tmp_path, tiny, few_texts):
     assert len(trial['correct']) == docparams_maml.SMALL['test_episodes']
 
 
-def test_classes_are_split_by_name_and_disjoint(tmp_path, tiny, few_texts):
-  config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
+def test_classes_are_split_by_name_and_disjoint(tmp_path, tiny_bert, few_texts):
+  config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny_bert))
   bench = names.Bench(config, Context(tmp_path))
   flat = [name for split in bench.classes.values() for name in split]
   assert sorted(flat) == sorted(f'p{index}' for index in range(60))
@@ -223,9 +202,9 @@ def test_classes_are_split_by_name_and_disjoint(tmp_path, tiny, few_texts):
 
 
 def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
-  tmp_path, tiny, few_texts
+  tmp_path, tiny_bert, few_texts
 ):
-  config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
+  config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny_bert))
   bench = names.Bench(config, Context(tmp_path))
   family = names.Family(bench, head_only=True)
   params, batch = family.start(0), bench.held_out('test')[0]
@@ -236,8 +215,10 @@ def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
   assert moved.shape == (10, 2, 25, 5) and moved.any()
 
 
-def test_only_meta_sgd_moves_the_inner_rates(tmp_path, tiny, few_texts):
-  small_config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny))
+def test_only_meta_sgd_moves_the_inner_rates(tmp_path, tiny_bert, few_texts):
+  small_config = docparams_maml.Config(
+    **docparams_maml.SMALL, model=str(tiny_bert)
+  )
   config = dataclasses.replace(small_config, iterations=2)
   bench = names.Bench(config, Context(tmp_path))
   family = names.Family(bench, head_only=True)
@@ -255,10 +236,10 @@ def test_only_meta_sgd_moves_the_inner_rates(tmp_path, tiny, few_texts):
 
 
 def test_an_unknown_method_is_refused_with_those_that_exist(
-  tmp_path, tiny, few_texts
+  tmp_path, tiny_bert, few_texts
 ):
   config = docparams_maml.Config(
-    **{**docparams_maml.SMALL, 'methods': ('maml',)}, model=str(tiny)
+    **{**docparams_maml.SMALL, 'methods': ('maml',)}, model=str(tiny_bert)
   )
   bench = names.Bench(config, Context(tmp_path))
   with pytest.raises(UsageError, match="no method 'maml'; possible: fine-t"):

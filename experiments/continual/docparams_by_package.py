@@ -61,7 +61,7 @@ class Config:
   head_multiplier: float = 10.0
   rates_naive: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
   rates_ewc: tuple[float, ...] = (2e-4, 4e-4)
-  strengths_ewc: tuple[float, ...] = (100.0, 1000.0)
+  strengths_ewc: tuple[float, ...] = (1000.0, 5000.0)
   rates_replay: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
   rates_joint: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
   memory_size: int = 120

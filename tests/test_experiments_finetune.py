@@ -1,0 +1,94 @@
+"""Panel A at its small setting, and the page around the three panels."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import docparams as main_job
+from experiments import run as job
+from experiments.finetune import docparams as panel_a
+from fmeta import predict
+from fmeta.report import Panel, Row, bars
+
+
+def execute(module, workdir, *flags, **settings) -> int:
+  argv = ['run', f'--config={module.__file__}', f'--workdir={workdir}', *flags]
+  for name, value in settings.items():
+    if isinstance(value, tuple):
+      value = ','.join(map(str, value))
+    argv.append(f'--config.{name}={value}')
+  return job.main(argv)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, tiny_bert):
+  folder = tmp_path_factory.mktemp('finetune') / 'run'
+  small = {**panel_a.SMALL, 'methods': ('probe', 'full'), 'model': tiny_bert}
+  assert execute(panel_a, folder, **small, rates_full=(1e-3,)) == 0
+  return folder
+
+
+def test_panel_a_reports_every_row_with_an_interval(finished):
+  result = json.loads((finished / 'result.json').read_text())
+  metrics, ci95 = result['metrics'], result['ci95']
+  names = ('majority class', 'nearest class mean', 'TF-IDF + linear SVM')
+  for name in (*names, 'probe', 'full'):
+    low, high = ci95[f'finetune/{name}']
+    assert 0 <= low <= metrics[f'finetune/{name}'] <= high <= 1
+  difference = metrics['finetune/full minus probe']
+  whole = metrics['finetune/full'] - metrics['finetune/probe']
+  np.testing.assert_allclose(difference, whole, atol=1e-12)
+  assert result['trainable_parameters'] == result['total_parameters']
+  assert len(result['data_sha256']) == 64
+
+
+def test_the_full_model_of_a_run_answers_as_it_was_trained(finished):
+  run = predict.load_run(finished)
+  shares = predict.probabilities(run, ['number of samples to draw', ''])
+  assert shares.shape == (2, 10)
+  np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-5)
+
+
+def test_resuming_a_finished_panel_repeats_no_trial(finished, monkeypatch):
+  def refuse(*args, **kwargs):
+    raise AssertionError('a finished trial ran again')
+
+  before = json.loads((finished / 'result.json').read_text())
+  monkeypatch.setattr(panel_a.Method, 'fit', refuse)
+  assert job.main(['run', f'--workdir={finished}', '--resume']) == 0
+  after = json.loads((finished / 'result.json').read_text())
+  assert after['metrics'] == before['metrics']
+
+
+def test_an_unknown_method_is_one_line(tmp_path, tiny_bert, capsys):
+  small = {**panel_a.SMALL, 'methods': ('prob',), 'model': tiny_bert}
+  assert execute(panel_a, tmp_path / 'run', **small) == 2
+  error = capsys.readouterr().err.strip()
+  assert "'prob'" in error and 'surgical' in error and '\n' not in error
+
+
+def test_the_page_has_three_panels_and_their_pictures(tmp_path, monkeypatch):
+  seen = {}
+
+  def stub(name):
+    def panel(config, context):
+      seen[name] = config.seeds
+      row = Row('naive', 0.5, (0.4, 0.6), more={'forgetting': 0.1})
+      shown = Panel(name, f'How {name}?', [row], figure=bars([row]))
+      return shown, {'metrics': {f'{name}/naive': 0.5}, 'data_sha256': name}
+
+    return panel
+
+  for name, module in main_job.PANELS.items():
+    monkeypatch.setattr(module, 'panel', stub(name))
+  folder = tmp_path / 'run'
+  assert execute(main_job, folder, seeds=3) == 0
+  assert seen == {'finetune': 3, 'fewshot': 3, 'continual': 3}
+  result = json.loads((folder / 'result.json').read_text())
+  assert result['metrics'] == {f'{name}/naive': 0.5 for name in seen}
+  assert result['data_sha256'] == 'finetune'
+  page = (folder / 'report.html').read_text()
+  assert all(f'How {name}?' in page for name in seen)
+  for letter in 'abc':
+    assert (folder / f'panel_{letter}.png').read_bytes()[1:4] == b'PNG'
