@@ -19,6 +19,9 @@ import pytest
 # Several host devices and an unblocked loop deadlock (see BUILD.md).
 jax.config.update('jax_cpu_enable_async_dispatch', False)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Compiling is most of what tests do; LLVM's passes double it. HLO passes, and
+# so FLOPs and fusions, stay; the `optimised` fixture brings the rest back.
+jax.config.update('jax_disable_most_optimizations', True)
 
 
 def pytest_addoption(parser):
@@ -34,6 +37,14 @@ def pytest_collection_modifyitems(config, items):
   for item in items:
     if 'oracle' in item.keywords:
       item.add_marker(skip)
+
+
+@pytest.fixture
+def optimised():
+  """Compiles as users do."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def _learner(optimizer, what):
 
 @pytest.mark.parametrize('what', TUNINGS)
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.usefixtures('optimised')
 def test_twenty_steps_of_a_loop_and_of_adapt_are_bitwise_equal(optimizer, what):
   learner = _learner(optimizer, what)
   state = start = learner.init(PARAMS, KEY)
