@@ -73,7 +73,9 @@ class Config:
   head_rate: float = 50.0
   norm_rate: float = 1.0
   outer_lr: float = 3e-4
-  reptile_lr: float = 0.5
+  # At 0.5 the head, whose classes are drawn anew in every episode, wanders off
+  # and validation is at chance (2026-11-23).
+  reptile_lr: float = 0.05
   # Logarithms of rates, against weights of a pre-trained block.
   rate_multiplier: float = 100.0
   rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
