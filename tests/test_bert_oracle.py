@@ -1,5 +1,7 @@
 """BERT against transformers on torch."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +56,7 @@ def minilm():
   return module, params, peer(folder)
 
 
+@pytest.mark.usefixtures('optimised')
 def test_minilm_hidden_states_equal_transformers(minilm):
   import torch
 
@@ -68,6 +71,26 @@ def test_minilm_hidden_states_equal_transformers(minilm):
   for ours, reference in zip(states, expected.hidden_states, strict=True):
     np.testing.assert_allclose(
       np.asarray(ours)[seen], reference.numpy()[seen], rtol=0, atol=1e-5
+    )
+
+
+def test_minilm_hidden_states_equal_transformers_in_float64(minilm, x64):
+  import torch
+
+  module, params, theirs = minilm
+  batch = text_batch(30522, [12, 1, 7])
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  states, _ = models.forward(module, method='hidden_states')(
+    params, {}, batch, None
+  )
+  with torch.no_grad():
+    expected = copy.deepcopy(theirs).double()(
+      **to_torch(batch), output_hidden_states=True
+    )
+  seen = batch['attention_mask'] == 1
+  for ours, reference in zip(states, expected.hidden_states, strict=True):
+    np.testing.assert_allclose(
+      np.asarray(ours)[seen], reference.numpy()[seen], rtol=0, atol=1e-10
     )
 
 
