@@ -1,6 +1,5 @@
 """What experiments share: seeds, finished trials, how `fit` is placed."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -9,16 +8,10 @@ from typing import Any
 import jax
 
 from fmeta import sharding
+from fmeta.config import Seeds
 from fmeta.workdir import Context
 
-
-@dataclasses.dataclass
-class Seeds:
-  """Three integers that never mix (Dodge et al. 2020 vary them apart)."""
-
-  init: int = 0
-  data: int = 0
-  train: int = 0
+__all__ = ['Seeds', 'best_setting', 'fit_options', 'placement', 'trial']
 
 
 def placement(context: Context) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""What the README shows is what the code does."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCUMENTS = ('README.md', 'BUILD.md', 'experiments/README.md')
+
+
+def test_the_library_example_runs_and_learns():
+  text = (ROOT / 'README.md').read_text()
+  (block,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  names = {}
+  exec(compile(block, 'README.md', 'exec'), names)
+  first, last = names['fitted'].history[0], names['fitted'].history[-1]
+  assert last['loss'] < 0.7 * first['loss']
+  assert names['maml'].step is not names['learner'].step
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_files_that_documents_name_exist(name):
+  text = (ROOT / name).read_text()
+  pattern = r'(?:fmeta|experiments|tests|launch)/[\w/]+\.(?:py|sh|md)'
+  mentioned = set(re.findall(pattern, text))
+  assert mentioned
+  assert [path for path in mentioned if not (ROOT / path).exists()] == []
