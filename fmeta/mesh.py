@@ -124,6 +124,14 @@ def _check_synchronous() -> None:
     )
 
 
+def _check_step(tasks: int) -> None:
+  if 'SLURM_STEP_NODELIST' not in os.environ:
+    raise UsageError(
+      f'SLURM_NTASKS={tasks}, but this process was not started by srun and is'
+      ' alone; start it with srun, or set SLURM_NTASKS=1'
+    )
+
+
 def initialize_processes(
   num_processes: int | None = None,
   process_id: int | None = None,
@@ -147,7 +155,8 @@ def initialize_processes(
 
   Raises:
     UsageError: if only some arguments are given, or the processes did not
-      find each other (each would silently train alone).
+      find each other, or SLURM was asked for several and srun was forgotten
+      (each would silently train alone).
   """
   synchronous_dispatch()
   given = (num_processes, process_id, coordinator)
@@ -156,9 +165,9 @@ def initialize_processes(
       'give all of num_processes, process_id and coordinator, or none; got'
       f' {given}'
     )
-  # Without a step there is a job's shell: one process, whatever was asked.
-  step = 'SLURM_STEP_NODELIST' in os.environ
-  slurm = int(os.environ.get('SLURM_NTASKS', 1)) if step else 1
+  slurm = int(os.environ.get('SLURM_NTASKS', 1))
+  if num_processes is None and slurm > 1:
+    _check_step(slurm)
   wanted = slurm if num_processes is None else num_processes
   if num_processes is not None and num_processes > 1:
     jax.distributed.initialize(

@@ -90,10 +90,15 @@ def test_half_of_the_process_arguments_are_refused():
 
 
 def test_without_arguments_there_is_one_process(monkeypatch):
-  # Inside a SLURM job's own shell nothing was launched side by side.
+  monkeypatch.delenv('SLURM_NTASKS', raising=False)
+  assert sharding.initialize_processes() == 1
+
+
+def test_a_forgotten_srun_is_refused(monkeypatch):
   monkeypatch.delenv('SLURM_STEP_NODELIST', raising=False)
   monkeypatch.setenv('SLURM_NTASKS', '4')
-  assert sharding.initialize_processes() == 1
+  with pytest.raises(UsageError, match='SLURM_NTASKS=4.*srun'):
+    sharding.initialize_processes()
 
 
 def test_the_default_rule_splits_the_largest_divisible_axis_of_big_leaves():
