@@ -97,7 +97,7 @@ def test_without_arguments_there_is_one_process(monkeypatch):
 def test_a_forgotten_srun_is_refused(monkeypatch):
   monkeypatch.delenv('SLURM_STEP_NODELIST', raising=False)
   monkeypatch.setenv('SLURM_NTASKS', '4')
-  with pytest.raises(UsageError, match='SLURM_NTASKS=4.*srun'):
+  with pytest.raises(fmeta.UsageError, match='SLURM_NTASKS=4.*srun'):
     sharding.initialize_processes()
 
 
