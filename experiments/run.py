@@ -163,7 +163,7 @@ def execute(options: flags.FlagValues, assignments: list[tuple]) -> None:
   """Prepares, runs and records one experiment."""
   began = time.monotonic()
   use_host_devices(options.mesh)
-  if 'SLURM_STEP_NODELIST' in os.environ:  # Started by srun.
+  if 'SLURM_NTASKS' in os.environ:
     sharding.initialize_processes()
   if options.mesh:
     sharding.parse_mesh(options.mesh, jax.device_count())
