@@ -50,7 +50,7 @@ class Config:
   outer_lr: float = 1e-3
   first_order: bool = False
   # The paper's 60,000 would take hours on two cores.
-  iterations: int = 6000
+  iterations: int = 3000
   chunk: int = 0  # tasks at a time, 0: all
   steps_per_dispatch: int = 10
   evaluate_every: int = 1000
