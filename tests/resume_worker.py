@@ -155,7 +155,7 @@ def fork(*args):
       status = 0
     except SystemExit as error:
       status = error.code
-    except BaseException:
+    except BaseException:  # Printed: a forked child must end here, always.
       traceback.print_exc()
     os._exit(status)
   return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -81,7 +81,7 @@ class Dataset(tfds.core.GeneratorBasedBuilder):
     self, files: Mapping[str, pathlib.Path]
   ) -> Mapping[str, Iterable[Mapping[str, Any]]]:
     """Split name -> its examples, in order, given the raw files' paths."""
-    raise NotImplementedError
+    raise NotImplementedError('a Dataset defines `rows`')
 
   def check_local(self, name: str, path: pathlib.Path) -> None:
     """Refuses a local copy that is not the file `RAW` describes."""
