@@ -16,7 +16,7 @@ the frozen rest runs once per text. Rows:
 - joint: all packages at once for as many steps, the upper bound;
 - nearest class mean of the frozen embeddings.
 
-Every trained row chooses from four settings by the validation accuracy over
+Every trained row chooses from six settings by the validation accuracy over
 all packages after a shorter stream; then it trains once per seed. Rates are
 constant: a schedule over the stream would spare the last packages. Rate and
 EWC's strength are data to the step, so all settings share a program.
@@ -42,6 +42,7 @@ from fmeta.workdir import Context
 
 TITLES = {'naive': 'naive', 'ewc': 'EWC', 'replay': 'replay', 'joint': 'joint'}
 MEAN = 'nearest class mean'
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 16e-4, 32e-4)
 
 
 @dataclasses.dataclass
@@ -59,11 +60,12 @@ class Config:
   max_length: int = 32
   # The fresh head moves faster than what it stands on (untuned).
   head_multiplier: float = 10.0
-  rates_naive: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
+  # Six settings a row; EWC's strengths are decades (see the README).
+  rates_naive: tuple[float, ...] = RATES
   rates_ewc: tuple[float, ...] = (2e-4, 4e-4)
-  strengths_ewc: tuple[float, ...] = (1000.0, 5000.0)
-  rates_replay: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
-  rates_joint: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
+  strengths_ewc: tuple[float, ...] = (100.0, 1000.0, 10000.0)
+  rates_replay: tuple[float, ...] = RATES
+  rates_joint: tuple[float, ...] = RATES
   memory_size: int = 120
   fisher_examples: int = 64
   # Per package; test examples are all of them unless cut for a test.
