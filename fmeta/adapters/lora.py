@@ -1,13 +1,9 @@
-"""Adapters: parameters added beside a frozen model.
+"""Low-rank adaptation (LoRA).
 
-A factor is a leaf that bears its kernel's name and a suffix, for example
-`body/layer_0/attention/query/kernel.lora_a`; a rule written for the kernel's
-layer therefore also holds for its factors. This is the only module of the
-core that knows flax.linen, and it imports it when first needed.
+A factor is a leaf beside its kernel, `kernel.lora_a` and `kernel.lora_b`.
 """
 
 import functools
-import inspect
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,55 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
+from fmeta.adapters.norms import running_statistics
 from fmeta.errors import UsageError
-from fmeta.tuning import is_moving, keep_under
+from fmeta.tuning import keep_under
 from fmeta.types import Array, Params, Scalar, Tuning
 
 A, B = '.lora_a', '.lora_b'
-
-
-def kernel_name(name: str) -> str:
-  """The name of the full parameter that a trainable leaf moves."""
-  head, _, last = name.rpartition('/')
-  last = last.split('.')[0]
-  return f'{head}/{last}' if head else last
-
-
-@contextmanager
-def running_statistics(trainable: Params, frozen: Params) -> Iterator[None]:
-  """Makes each linen BatchNorm without a trainable leaf use running averages.
-
-  It applies to `flax.linen.BatchNorm` and to any module with an attribute
-  `use_running_average`, whether that is set on the module or given to the
-  call. Which modules are frozen is `tuning.is_moving`'s to say, so the
-  statistics that `keep_under` holds still are the ones used.
-  """
-  import flax.linen as nn
-
-  moving = tree.names(trainable)
-  still = tree.names(frozen)
-
-  def interceptor(next_fun, args, kwargs, context):
-    module = context.module
-    if (
-      context.method_name != '__call__'
-      or not hasattr(module, 'use_running_average')
-      or is_moving(module.path, moving, still)
-    ):
-      return next_fun(*args, **kwargs)
-    # The flag may come by attribute, position or keyword, and linen refuses
-    # two of them, so the attribute alone speaks for the length of the call.
-    call = inspect.signature(next_fun).bind(*args, **kwargs)
-    call.arguments.pop('use_running_average', None)
-    given = module.use_running_average
-    object.__setattr__(module, 'use_running_average', True)
-    try:
-      return next_fun(*call.args, **call.kwargs)
-    finally:
-      object.__setattr__(module, 'use_running_average', given)
-
-  with nn.intercept_methods(interceptor):
-    yield
 
 
 def lora_init(
