@@ -7,6 +7,7 @@ import toys
 from fmeta import losses, optim, tree, tuning
 from fmeta.errors import UsageError
 from fmeta.learner import finetune
+from fmeta.testing import assert_close
 
 KEY = jax.random.key(0)
 
@@ -107,7 +108,9 @@ def test_a_trainable_batch_norm_moves_and_reads_the_batch(spelling):
     moved, 0.5 * before + 0.5 * hidden.mean(0), rtol=1e-5, atol=1e-6
   )
   trained, _ = forward(params, model_state, batch, KEY)
-  np.testing.assert_allclose(aux.outputs, trained, rtol=1e-6)
+  # Relative to the largest entry: one that cancels differs in its last bits
+  # between a jitted step and operations one by one.
+  assert_close(trained, aux.outputs, 'outputs', 1e-6)
 
 
 def test_an_nnx_model_runs_through_split_and_merge():
