@@ -15,6 +15,7 @@ import sys
 import jax
 import mesh_worker as worker
 import numpy as np
+import preempt_worker
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -180,8 +181,8 @@ def free_port():
     return server.getsockname()[1]
 
 
-def run_processes(num, devices, out, timeout):
-  """Runs tests/mesh_worker.py in `num` processes; kills what hangs."""
+def run_processes(name, arguments, devices, timeout=300, status=0):
+  """Runs tests/<name>.py once per tuple of arguments; kills what hangs."""
   root = pathlib.Path(__file__).resolve().parents[1]
   flags = f'--xla_force_host_platform_device_count={devices}'
   flags += ' --xla_backend_optimization_level=0'
@@ -192,21 +193,21 @@ def run_processes(num, devices, out, timeout):
     'XLA_FLAGS': flags,
     'JAX_PLATFORMS': 'cpu',
   }
-  port, script = free_port(), str(root / 'tests' / 'mesh_worker.py')
+  script = str(root / 'tests' / f'{name}.py')
   running = [
     subprocess.Popen(
-      [sys.executable, script, str(index), str(num), str(port), str(out)],
+      [sys.executable, script, *map(str, given)],
       env=env,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for index in range(num)
+    for given in arguments
   ]
   try:
     for process in running:
       text, _ = process.communicate(timeout=timeout)
-      assert process.returncode == 0, text[-3000:]
+      assert process.returncode == status, text[-3000:]
   finally:
     for process in running:
       process.kill()
@@ -216,7 +217,8 @@ def run_processes(num, devices, out, timeout):
 
 def test_two_processes_give_one_processs_numbers(tmp_path):
   out = tmp_path / 'found.npz'
-  run_processes(2, 2, out, timeout=300)
+  port = free_port()
+  run_processes('mesh_worker', [(k, 2, port, out) for k in range(2)], 2)
   with np.load(out) as found:
     found = dict(found)
   for regime in worker.PROCESSES:
@@ -226,3 +228,24 @@ def test_two_processes_give_one_processs_numbers(tmp_path):
       if k.startswith(regime + '/')
     }
     assert_same_run(own, worker.on_one_device(regime), 1e-5, 1e-4)
+
+
+def test_a_sigterm_to_one_process_stops_both_and_both_resume(tmp_path):
+  workdir, out = tmp_path / 'run', tmp_path / 'found.npz'
+
+  def launch(*flags, status):
+    port = free_port()
+    given = [(k, port, workdir, out, *flags) for k in range(2)]
+    run_processes('preempt_worker', given, 1, status=status)
+
+  launch('--stop', status=143)
+  saved = [int(p.name) for p in (workdir / 'checkpoints' / 'steps').iterdir()]
+  assert len(saved) == 1
+  assert 0 < saved[0] < preempt_worker.STEPS
+  launch(status=0)
+  with np.load(out) as found:
+    found = dict(found)
+  alone = preempt_worker.fit(None)
+  losses = [record['loss'] for record in alone.history]
+  np.testing.assert_allclose(found.pop('losses'), losses, rtol=1e-3)
+  assert_near(found, worker.flat(alone.params), 1e-3)

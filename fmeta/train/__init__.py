@@ -61,7 +61,8 @@ def fit(
   and resumed, bit by bit on the same devices. The order at a step is: log,
   evaluate, and at a stage's end restore the best, consolidate and measure;
   then save. With a workdir, SIGTERM finishes the current dispatch, saves and
-  raises `SystemExit(143)`.
+  raises `SystemExit(143)`; of several processes one that hears it stops all,
+  after the same dispatch.
 
   Args:
     learner: any learner; an outer one trains on episodes.
@@ -119,7 +120,8 @@ def fit(
     folder = None
     if workdir is not None:
       folder = _make_workdir(pathlib.Path(workdir), resume)
-      stack.enter_context(on_sigterm(loop.terminate))
+      if jax.process_count() == 1:  # Several listen to jax.distributed.
+        stack.enter_context(on_sigterm(loop.terminate))
       loop.saver = Saver(folder / 'checkpoints', keep, rng, stages, loop.frozen)
       stack.callback(loop.saver.close)
       loop.restore()

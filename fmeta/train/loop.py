@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fmeta.train.dispatch import Program, chunks
 from fmeta.train.log import Live, Metrics, step_record
@@ -50,6 +51,7 @@ class Loop:
     self.program = program or Program(learner)
     self.kept: Any = None  # the best trainable leaves and model state
     self.told_to_stop = False
+    self.dispatches = 0
     self.pending: tuple[int, dict[str, Array]] | None = None
     self.seconds, self.examples = 0.0, 0
     # Two sharded programs in flight on one CPU can wait for each other
@@ -142,11 +144,23 @@ class Loop:
     self.pending = (self.progress.step, metrics)
     self.progress.step += length
     self.progress.index += length
+    self._listen()
     if self.wait or self._at_boundary():
       self._flush()
     compiled = self.program.compile_seconds - compiled
     self.seconds += time.perf_counter() - began - compiled
     self.examples += length * rows
+
+  def _listen(self) -> None:
+    """Several processes stop after one and the same dispatch.
+
+    jax.distributed hears a SIGTERM of any of them and agrees on the next call
+    that all will make.
+    """
+    self.dispatches += 1
+    if jax.process_count() > 1:
+      reached = multihost_utils.reached_preemption_sync_point
+      self.told_to_stop = reached(self.dispatches)
 
   def _at_boundary(self) -> bool:
     return self.told_to_stop or self._due() or self._stage_is_over()
