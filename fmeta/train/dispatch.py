@@ -16,6 +16,7 @@ import numpy as np
 
 from fmeta.data import prefetch
 from fmeta.learner import adapt
+from fmeta.train.flops import product_flops
 from fmeta.types import Array, Batch, Learner, Params, TrainState
 
 Signature = tuple  # (tree structure, shapes and dtypes) of a batch
@@ -75,9 +76,9 @@ class Program:
   Attributes:
     traces: how many chunks were traced and compiled.
     compile_seconds: host time spent doing so.
-    flops_per_step: XLA's count for one step. A loop's body is counted once,
-      so steps with loops of their own (MAML's inner steps) cost more. None
-      before the first chunk.
+    flops_per_step: XLA's count for one step, plus the matrix products and
+      convolutions in the repetitions of its loops (MAML's inner steps), whose
+      body XLA counts once. None before the first chunk.
     peak_bytes: arguments, outputs and temporaries of the largest chunk.
   """
 
@@ -132,15 +133,18 @@ class Program:
     where = jax.tree.map(lambda x: x.sharding, moving)
     # Metrics are scalars per step, replicated like the step's number.
     jitted = jax.jit(run, donate_argnums=0, out_shardings=(where, where.step))
-    compiled = jitted.lower(moving, frozen, batches, key).compile()
-    self._measure(compiled)
+    traced = jitted.trace(moving, frozen, batches, key)
+    compiled = traced.lower().compile()
+    whole = product_flops(traced.jaxpr, repeat=True) // num_steps
+    once = product_flops(traced.jaxpr, repeat=False)
+    self._measure(compiled, whole - once)
     self.compile_seconds += time.perf_counter() - began
     return compiled
 
-  def _measure(self, compiled) -> None:
+  def _measure(self, compiled, repeated: int) -> None:
     costs = compiled.cost_analysis() or {}
-    if self.flops_per_step is None:
-      self.flops_per_step = costs.get('flops')
+    if self.flops_per_step is None and 'flops' in costs:
+      self.flops_per_step = costs['flops'] + repeated
     memory = compiled.memory_analysis()
     if memory is not None:
       peak = (
