@@ -32,6 +32,7 @@ from fmeta.report import Panel, Row, bars, terminal_table
 from fmeta.workdir import Context
 
 REFERENCE = 'TF-IDF + linear SVM'
+TITLES = {'lora': 'LoRA'}  # where a method's title is not its name
 
 
 @dataclasses.dataclass
@@ -85,7 +86,7 @@ def trained_rows(bench: Bench) -> dict[str, tuple[str, list[dict]]]:
       for seed in range(config.seeds)
     ]
     epochs = '/'.join(str(run['epoch']) for run in runs)
-    out[name] = f'rate {rate}, epoch {epochs} of {config.epochs}', runs
+    out[TITLES.get(name, name)] = f'rate {rate}, epoch {epochs} of {config.epochs}', runs
   return out
 
 
@@ -198,7 +199,7 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
     reference=REFERENCE,
     total=total,
   )
-  last = trained[config.methods[-1]][1][0]
+  last = list(trained.values())[-1][1][0]
   cost = ('steps', 'examples_per_second', 'flops_per_step', 'peak_bytes')
   outcome = {
     'metrics': scores.metrics,
