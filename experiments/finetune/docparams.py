@@ -86,7 +86,10 @@ def trained_rows(bench: Bench) -> dict[str, tuple[str, list[dict]]]:
       for seed in range(config.seeds)
     ]
     epochs = '/'.join(str(run['epoch']) for run in runs)
-    out[TITLES.get(name, name)] = f'rate {rate}, epoch {epochs} of {config.epochs}', runs
+    out[TITLES.get(name, name)] = (
+      f'rate {rate}, epoch {epochs} of {config.epochs}',
+      runs,
+    )
   return out
 
 

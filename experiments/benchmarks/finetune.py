@@ -1,0 +1,199 @@
+"""A fine-tuning step against Hugging Face transformers and PEFT.
+
+  ./launch/test.sh --oracles --collect-only    # once: installs the peers
+  ./launch/local.sh --config=experiments/benchmarks/finetune.py
+
+MiniLM on docparams texts, the same batches with their real padding masks on
+both sides: probe, the last two blocks, LoRA, full. A step is forward, loss,
+gradient, clipping at norm 1 and AdamW on what moves; the peer is a plain torch
+loop over `BertModel` (sdpa attention, fused AdamW, `peft` for LoRA), which is
+what `Trainer` runs. Both sides start with the allocator settings of
+`launch/local.sh` and all cores; no dropout. One JSON line per row: ratio > 1
+means that fmeta is faster. Expected and measured: experiments/README.md.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+import fmeta
+from experiments import minilm
+from experiments.benchmarks.paired import Contender, compare
+from fmeta import models, optim, pretrained, train
+from fmeta.datasets import docparams
+from fmeta.workdir import Context
+
+ROWS = ('probe', 'last_two', 'lora', 'full')
+CLASSES = len(docparams.LABELS)
+
+
+@dataclasses.dataclass
+class Config:
+  """Shapes and lengths of the timings."""
+
+  model: str = pretrained.MINILM
+  rows: tuple[str, ...] = ROWS
+  pairs: int = 12
+  steps: int = 4
+  batches: int = 4
+  batch_size: int = 32
+  max_length: int = 64
+  lora_rank: int = 8
+  rate: float = 1e-4
+
+
+SMALL = {'rows': ('probe',), 'pairs': 2, 'steps': 1, 'batches': 1}
+
+
+def texts(config: Config) -> list[dict[str, np.ndarray]]:
+  """Batches [B, max_length], padded, from the training texts."""
+  _, _, tokenizer = minilm.load_model(config.model, CLASSES, 0)
+  count = config.batches * config.batch_size
+  columns = minilm.load_texts({'train': count})['train']
+  encoded = minilm.encode(tokenizer, columns, config.max_length)
+  mask = np.arange(config.max_length)[None] < encoded['length'][:, None]
+  whole = {
+    'input_ids': encoded['input_ids'],
+    'attention_mask': mask.astype(np.int32),
+    'label': columns['label'],
+  }
+  return [
+    {key: value[k :: config.batches] for key, value in whole.items()}
+    for k in range(config.batches)
+  ]
+
+
+def tuning_of(row: str, config: Config) -> fmeta.Tuning:
+  """What moves in a row."""
+  tunings = {
+    'probe': fmeta.select('head/.*'),
+    'last_two': fmeta.select('body/layer_[45]/.*', 'head/.*'),
+    'lora': fmeta.lora(
+      r'body/layer_\d+/.*kernel', rank=config.lora_rank, also=('head/.*',)
+    ),
+    'full': fmeta.full(),
+  }
+  if row not in tunings:
+    raise fmeta.UsageError(f'no row {row!r}; possible: {", ".join(ROWS)}')
+  return tunings[row]
+
+
+def make_fmeta(row: str, config: Config, batches: list) -> Any:
+  """The compiled step that `fit` dispatches."""
+  module, params, _ = minilm.load_model(config.model, CLASSES, 0)
+  learner = fmeta.finetune(
+    fmeta.supervised(models.forward(module), fmeta.softmax_cross_entropy),
+    optim.adamw(config.rate),
+    tuning=tuning_of(row, config),
+  )
+  state = learner.init(params, jax.random.key(0))
+  frozen = jax.device_put(state.frozen)
+  program, rng = train.Program(learner), jax.random.key(1)
+  moving = jax.tree.map(jax.numpy.copy, state.replace(frozen={}))
+  stacked = [jax.tree.map(lambda x: x[None], batch) for batch in batches]
+
+  def run(steps: int) -> None:
+    nonlocal moving
+    for k in range(steps):
+      moving, metrics = program(moving, frozen, stacked[k % len(stacked)], rng)
+    jax.block_until_ready((moving, metrics))
+
+  return run
+
+
+def make_torch(row: str, config: Config, batches: list) -> Any:
+  """The same in transformers and peft."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  torch.set_num_threads(torch.get_num_threads())
+  folder = pretrained.find(config.model)
+  body: Any = transformers.BertModel.from_pretrained(
+    folder,
+    add_pooling_layer=False,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    attn_implementation='sdpa',
+  )
+  head = torch.nn.Linear(body.config.hidden_size, CLASSES)
+  body = _freeze(body, row, config)
+  body.train()
+  moving = [p for p in body.parameters() if p.requires_grad]
+  moving += list(head.parameters())
+  optimizer = torch.optim.AdamW(moving, config.rate, fused=True)
+  loss_fn = torch.nn.CrossEntropyLoss()
+  inputs = [
+    {key: torch.as_tensor(value).long() for key, value in batch.items()}
+    for batch in batches
+  ]
+
+  def run(steps: int) -> None:
+    for k in range(steps):
+      batch = inputs[k % len(inputs)]
+      mask = batch['attention_mask']
+      hidden = body(batch['input_ids'], attention_mask=mask).last_hidden_state
+      weights = mask[:, :, None].to(hidden.dtype)
+      pooled = (hidden * weights).sum(1) / weights.sum(1)
+      loss = loss_fn(head(pooled), batch['label'])
+      optimizer.zero_grad()
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(moving, 1.0)
+      optimizer.step()
+
+  return run
+
+
+def _freeze(body: Any, row: str, config: Config) -> Any:
+  """Leaves trainable in the torch model what moves in the row."""
+  if row == 'lora':
+    import peft
+
+    names = ('query', 'key', 'value', 'dense')
+    made = peft.LoraConfig(
+      r=config.lora_rank, lora_alpha=16, target_modules=list(names)
+    )
+    return peft.get_peft_model(body, made)
+  if row != 'full':
+    body.requires_grad_(False)
+  if row == 'last_two':
+    body.encoder.layer[-2:].requires_grad_(True)
+  return body
+
+
+def measure(row: str, config: Config, batches: list) -> dict[str, Any]:
+  """One row: both sides in turn."""
+  tuning_of(row, config)  # An unknown row ends here.
+  arguments = {'row': row, 'config': config, 'batches': batches}
+  ours = Contender('fmeta', make_fmeta, **arguments)
+  theirs = Contender('transformers', make_torch, **arguments)
+  ratio = compare(ours, theirs, config.pairs, config.steps)
+  ours.close()
+  theirs.close()
+  return {
+    'row': row,
+    'ratio': round(ratio.median, 3),
+    'ci95': [round(ratio.low, 3), round(ratio.high, 3)],
+    'fmeta_seconds_per_step': round(ratio.seconds[0], 4),
+    'peer_seconds_per_step': round(ratio.seconds[1], 4),
+    'pairs': ratio.pairs,
+  }
+
+
+def run(config: Config, context: Context) -> dict:
+  """Times every row and prints a JSON line each."""
+  del context
+  batches = texts(config)
+  filled = float(np.mean([b['attention_mask'].mean() for b in batches]))
+  print(f'{1 - filled:.0%} of the tokens are padding', flush=True)
+  metrics, ci95 = {}, {}
+  for row in config.rows:
+    line = measure(row, config, batches)
+    print(json.dumps(line), flush=True)
+    metrics[f'{row} ratio'], ci95[f'{row} ratio'] = line['ratio'], line['ci95']
+    for key in ('fmeta_seconds_per_step', 'peer_seconds_per_step'):
+      metrics[f'{row} {key}'] = line[key]
+  return {'metrics': metrics, 'ci95': ci95}
