@@ -336,6 +336,7 @@ def test_no_data_set_needs_tensorflow(tmp_path):
   code = (
     'import sys\n'
     'from fmeta.datasets import clinc150, digits, docparams, mnist, omniglot\n'
+    'from fmeta.datasets import sst2, trec\n'
     f'print(len(digits.load(cache_dir={str(tmp_path)!r})["test"]["label"]))\n'
     'print("tensorflow" in sys.modules)'
   )
