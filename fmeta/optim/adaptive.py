@@ -269,9 +269,11 @@ def sophia(
   """
   # As plain integers: a state is saved as arrays of numbers.
   seed = jax.random.key_data(key)
-  direction = optax.contrib.scale_by_sophia(
+  direction = optax.contrib.sophia(
+    -1.0,  # an ascent direction: the rate is ours
     b1,
     b2,
+    weight_decay=0.0,
     gamma=gamma,
     update_interval=interval,
     hessian_diagonal_fn=optax.contrib.hutchinson_estimator_diag_hessian(seed),
