@@ -1,6 +1,5 @@
 """One row per optimiser: conformance, and the written table is true."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

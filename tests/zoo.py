@@ -111,9 +111,7 @@ ROWS = {
     'Zeiler 2012',
   ),
   'rmsprop': Row(optim.rmsprop, 'rmsprop(rate)', 'Tieleman & Hinton 2012'),
-  'adafactor': Row(
-    optim.adafactor, 'adafactor(rate)', 'Shazeer & Stern 2018'
-  ),
+  'adafactor': Row(optim.adafactor, 'adafactor(rate)', 'Shazeer & Stern 2018'),
   'sm3': Row(
     direction(optax.scale_by_sm3),
     'with_rates(optax.scale_by_sm3(), rate)',
