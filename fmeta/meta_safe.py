@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from fmeta import tree
@@ -130,7 +131,7 @@ def meta_slopes(
 
 
 def _shown(const) -> Any:
-  if isinstance(const, jax.core.Tracer):
+  if isinstance(const, Tracer):
     return 'tracer'
   return np.asarray(const).tobytes()
 
@@ -139,7 +140,7 @@ def _outside(closed: ClosedJaxpr, treedef) -> Callable:
   """A jaxpr as a compiled function, whatever trace we are in."""
 
   def settled(const):
-    if isinstance(const, jax.core.Tracer):
+    if isinstance(const, Tracer):
       return np.full(const.shape, _STAND_IN).astype(const.dtype)
     return const
 

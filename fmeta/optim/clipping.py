@@ -63,7 +63,8 @@ def clip_by_unit(
 
   where i is an output unit: a column of a kernel [..., out], a whole leaf if
   it has one axis (Brock et al. 2021, https://arxiv.org/abs/2102.06171, eq. 3).
-  The values are those of `optax.adaptive_grad_clip`.
+  The values are those of `optax.adaptive_grad_clip`, except for a kernel [1,
+  out], which optax takes for a vector.
 
   Args:
     ratio: largest norm of a unit's gradient over that of its parameters; may

@@ -101,7 +101,8 @@ def schedule_free(
   Args:
     optimizer: any optimiser without momentum; its layer-wise rates, decay and
       clipping are those of z.
-    rate: the optimiser's own, for the weights of the average.
+    rate: the optimiser's own, for the weights of the average; optax reads a
+      schedule one step ahead here.
     b1: share of the average in y; 0.9 in the paper. Not 0.
     power: 2 in the paper's code.
   """
