@@ -133,16 +133,23 @@ def test_one_optimiser_is_measured_once(monkeypatch):
 def test_the_probe_has_one_small_leaf_of_each_kind():
   shapes = {
     'a/kernel': (30, 4),
-    'b/kernel': (3, 4),
+    'b/kernel': (20, 4),
     'b/bias': (4,),
     'c/kernel': (2, 3, 3, 4),
     'word/embedding': (30000, 384),
   }
   like = {n: jax.ShapeDtypeStruct(s, 'float32') for n, s in shapes.items()}
   chosen = meta_safe._smallest(like)
-  assert set(chosen) == {'b/kernel', 'b/bias', 'c/kernel'}
-  large = {'word/embedding': like['word/embedding']}
-  assert meta_safe._smallest(large) == {'word/embedding': (64, 64)}
+  assert chosen == {n: s for n, s in shapes.items() if n != 'a/kernel'}
+  cut = meta_safe._cut(chosen)
+  assert cut['b/kernel'] == (8, 4) and cut['word/embedding'] == (8, 8)
+
+
+def test_a_rate_per_parameter_is_measured_on_the_whole_leaf():
+  like = {'kernel': jnp.zeros((9, 2))}
+  rates = jnp.linspace(0.5, 1.5, 18).reshape(9, 2)
+  optimizer = optim.sgd(0.1, multipliers=(('kernel', rates),))
+  assert not any(s.wrong for s in meta_safe.meta_slopes(optimizer, like=like))
 
 
 def test_an_optimiser_gets_the_loss_and_its_value(x64):
