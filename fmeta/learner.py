@@ -15,6 +15,7 @@ import optax
 
 from fmeta.errors import UsageError
 from fmeta.gradients import plain
+from fmeta.optim.guard import guard
 from fmeta.penalty import no_penalty
 from fmeta.tuning import full
 from fmeta.types import (
@@ -53,13 +54,18 @@ def finetune(
 
   Args:
     loss_fn: `(params, model_state, batch, rng) -> (scalar, Aux)`.
-    optimizer: an optax transformation; it sees trainable leaves only.
+    optimizer: an optax transformation; it sees trainable leaves only, and
+      the arguments `value` (the loss) and `obj_fn` (the loss as a function of
+      the trainable leaves) if it takes them. Where the step itself is
+      differentiated, one without a derivative is refused.
     tuning: what moves; everything by default.
     penalty: what the parameters remember; nothing by default.
     value_and_grad: how the loss is differentiated, see `fmeta.gradients`.
   """
   tuning = full() if tuning is None else tuning
   penalty = no_penalty() if penalty is None else penalty
+  optimizer = optax.with_extra_args_support(optimizer)
+  guarded = guard(optimizer)
 
   def objective(trainable, frozen, model_state, batch, rng):
     with tuning.intercept(trainable, frozen) as params:
@@ -76,7 +82,8 @@ def finetune(
       step=jnp.zeros((), jnp.int32),
       trainable=trainable,
       frozen=frozen,
-      opt_state=optimizer.init(trainable),
+      # Copied: some keep the start, and a buffer cannot be donated twice.
+      opt_state=jax.tree.map(jnp.copy, optimizer.init(trainable)),
       model_state={} if model_state is None else model_state,
       penalty_state=penalty.init(trainable, params),
       memory={},
@@ -84,20 +91,30 @@ def finetune(
 
   def step(state, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
-    (loss, aux), data_grads = value_and_grad(objective)(
-      state.trainable,
+    given = (
       state.frozen,
       state.model_state,
       batch,
       jax.random.fold_in(rng, LOSS),
     )
+    remembered = state, batch, jax.random.fold_in(rng, PENALTY)
+    (loss, aux), data_grads = value_and_grad(objective)(state.trainable, *given)
     penalty_loss, penalty_grads = jax.value_and_grad(penalty_value)(
-      state.trainable, state, batch, jax.random.fold_in(rng, PENALTY)
+      state.trainable, *remembered
     )
     grads = jax.tree.map(jnp.add, data_grads, penalty_grads)
     grads = penalty.direct(grads, state.penalty_state)
+
+    def total(trainable):  # for optimisers that need curvature
+      data = objective(trainable, *given)[0]
+      return data + penalty_value(trainable, *remembered)
+
     updates, opt_state = optimizer.update(
-      grads, state.opt_state, state.trainable
+      guarded(grads),
+      state.opt_state,
+      state.trainable,
+      value=loss + penalty_loss,
+      obj_fn=total,
     )
     metrics = {
       'loss': loss,

@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fmeta import tree
 from fmeta.errors import UsageError
-from fmeta.learner import adapt, finetune
+from fmeta.learner import adapt
+from fmeta.meta_safe import check_meta_safe as check_meta_safe
 from fmeta.types import (
   Array,
   Aux,
@@ -85,7 +85,8 @@ def episode_loss(
   Differentiating it is second-order MAML (Finn et al. 2017,
   https://arxiv.org/abs/1703.03400, eq. 1); an inner learner built with
   `value_and_grad=first_order()` makes it FOMAML, one with
-  `tuning=select('head/.*')` ANIL.
+  `tuning=select('head/.*')` ANIL. An inner optimiser without a derivative, such
+  as Adam without `eps_root`, is refused once a gradient has to flow through it.
 
   Args:
     inner: a learner, or a function `hyper -> learner`; then the outer
@@ -134,10 +135,13 @@ def reptile_loss(
   """
 
   def loss(params, model_state, batch, rng):
+    # Stopped where it starts: the adaptation is never differentiated, so any
+    # inner optimiser will do.
+    start = jax.lax.stop_gradient(params)
+
     def one(support, key):
-      _, state = _adapted(inner, num_steps, params, model_state, support, key)
-      adapted = tree.combine(state.frozen, state.trainable)
-      return jax.lax.stop_gradient(adapted)
+      _, state = _adapted(inner, num_steps, start, model_state, support, key)
+      return tree.combine(state.frozen, state.trainable)
 
     adapted = _per_task(one, over, batch['support'], rng)
     model = params if isinstance(inner, Learner) else params['model']
@@ -194,88 +198,3 @@ def predict_episodes(
     return _per_task(one, over, episodes, rng)
 
   return predict
-
-
-def check_meta_safe(
-  optimizer: optax.GradientTransformation, *, num_steps: int = 8
-) -> None:
-  """Refuses an optimiser through which a meta-gradient is wrong.
-
-  An inner loop is differentiated, and so is its optimiser. Some divide by a
-  norm or take a root that has no derivative at an exactly zero gradient,
-  which is common: LoRA's B = 0 gives A no gradient, and a zero head gives the
-  body none. This measures it: `num_steps` updates are differentiated in
-  float64 with respect to parameters and gradients, and compared with central
-  differences (h = 1e-7, small beside the root of an `eps_root` of 1e-8), at a
-  random point, at exactly zero gradients and at a zero parameter.
-
-  Args:
-    optimizer: closed over concrete numbers, not tracers.
-    num_steps: updates; 8 reaches the second phase of RAdam.
-
-  Raises:
-    UsageError: naming the point and both numbers.
-  """
-
-  def loss_fn(params, model_state, batch, rng):
-    terms = jax.tree.map(lambda p, g: jnp.sum(p * g), params, batch)
-    value = sum(jax.tree.leaves(terms), jnp.zeros(()))
-    return value, Aux(model_state, {}, jnp.ones(()))
-
-  learner = finetune(loss_fn, optimizer)
-
-  def moved(point, weights):
-    params, grads = point
-    # Gradients differ between steps, or Adam's would cancel.
-    state, _ = adapt(
-      learner,
-      learner.init(params, jax.random.key(INIT)),
-      lambda i: jax.tree.map(lambda g: g * (1 + 0.3 * jnp.cos(i)), grads),
-      jax.random.key(ADAPT),
-      num_steps=num_steps,
-    )
-    return optax.tree.vdot(
-      weights, jax.tree.map(jnp.subtract, state.trainable, params)
-    )
-
-  with jax.enable_x64(True):
-    # Reverse mode, as a meta-gradient is taken: where a norm is zero, forward
-    # mode may be right and reverse mode NaN (`optax.clip_by_global_norm`).
-    derivative = jax.jit(jax.value_and_grad(moved))
-    for where, point, direction, weights in _probe_points():
-
-      def at(h, point=point, direction=direction, weights=weights):
-        near = jax.tree.map(lambda x, d: x + h * d, point, direction)
-        return derivative(near, weights)
-
-      value, grads = at(0.0)
-      slope = float(jnp.asarray(optax.tree.vdot(grads, direction)))
-      measured = float(at(1e-7)[0] - at(-1e-7)[0]) / 2e-7
-      allowed = 1e-3 * (abs(measured) + abs(float(value))) + 1e-8
-      if not abs(slope - measured) <= allowed:
-        raise UsageError(
-          f'this optimiser has a wrong derivative {where}: {slope:.3g} where '
-          f'differences measure {measured:.3g}; in an inner loop use sgd '
-          'without clipping, or adam with eps_root=1e-8'
-        )
-
-
-def _probe_points():
-  keys = iter(jax.random.split(jax.random.key(0), 10))
-
-  def draw():
-    return {
-      'a': jax.random.normal(next(keys), (3, 2), 'float64'),
-      'b': jax.random.normal(next(keys), (2,), 'float64'),
-    }
-
-  params, grads, direction, weights = draw(), draw(), (draw(), draw()), draw()
-  zero = jnp.zeros_like(params['b'])
-  nothing = jax.tree.map(jnp.zeros_like, grads)
-  for where, point in (
-    ('at a random point', (params, grads)),
-    ('where one gradient is exactly zero', (params, {**grads, 'b': zero})),
-    ('where all gradients are exactly zero', (params, nothing)),
-    ('where a parameter is zero', ({**params, 'b': zero}, grads)),
-  ):
-    yield where, point, direction, weights

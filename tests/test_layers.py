@@ -15,7 +15,7 @@ ROWS = [
   {'tree'},
   {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'},
   {'learner'},
-  {'losses', 'meta'},
+  {'losses', 'meta', 'meta_safe'},
 ]
 CORE = set().union(*ROWS)
 

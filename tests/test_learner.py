@@ -16,7 +16,7 @@ LOSS, PARAMS, BATCH, FORWARD = toys.problem(dropout=0.3)
 STREAM = jax.tree.map(
   lambda *x: jnp.stack(x), *[toys.batch_of(4, seed=k) for k in range(20)]
 )
-OPTIMIZERS = {'sgd': optim.sgd(0.1), 'adamw': optim.adamw(0.01)}
+OPTIMIZERS = {'sgd': optim.sgd(0.1), 'adamw': optim.adamw(0.01, eps_root=1e-8)}
 TUNINGS = {
   'full': tuning.full(),
   'select': tuning.select('body/layer_1/.*', 'head/.*'),

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import toys
 
@@ -163,19 +162,15 @@ def _lora_problem(optimizer, dropout=0.0):
   return inner, loss_fn, params, episodes, forward
 
 
-@pytest.mark.parametrize('eps_root', [0.0, 1e-8])
-def test_adam_on_fresh_factors_needs_eps_root(eps_root):
+def test_clipped_adam_with_eps_root_adapts_fresh_factors():
   # B = 0, so A's inner gradient is exactly zero: the documented trap.
   inner, loss_fn, params, episodes, _ = _lora_problem(
-    optim.adam(0.01, eps_root=eps_root)
+    optim.adamw(0.01, eps_root=1e-8)
   )
   grads = _grad(meta.episode_loss(inner, loss_fn, 2), params, episodes)
   factor = tree.get(grads, 'body/layer_0/kernel.lora_a')
-  if eps_root:
-    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
-    assert np.any(factor != 0)
-  else:
-    assert np.any(np.isnan(factor))
+  assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+  assert np.any(factor != 0)
 
 
 def test_sgd_survives_a_support_set_of_padding():
@@ -253,34 +248,3 @@ def test_reptile_refuses_factors_that_it_cannot_move():
   episodes = jax.tree.map(lambda x: x[None], {'support': batch})
   with pytest.raises(UsageError, match='lora_a.* is no outer parameter'):
     meta.reptile_loss(inner, 1)(params, {}, episodes, KEY)
-
-
-SAFE = {
-  'sgd': lambda: optim.sgd(0.1),
-  'momentum': lambda: optim.sgd(0.1, momentum=0.9),
-  'adam eps_root': lambda: optim.adam(0.01, eps_root=1e-8),
-  'adamw eps_root': lambda: optim.adamw(0.01, eps_root=1e-8, clip_norm=None),
-  'adagrad': lambda: optax.adagrad(0.1),
-}
-UNSAFE = {
-  'adam': lambda: optim.adam(0.01),
-  'adamw, clipped': lambda: optim.adamw(0.01, eps_root=1e-8),
-  'sgd, clipped': lambda: optim.sgd(0.1, clip_norm=1.0),
-  'lamb': lambda: optax.lamb(0.01),
-  'lars': lambda: optax.lars(0.1),
-  'radam': lambda: optax.radam(0.01),
-  'adaptive clipping': lambda: optax.chain(
-    optax.adaptive_grad_clip(0.1), optax.sgd(0.1)
-  ),
-}
-
-
-@pytest.mark.parametrize('name', SAFE)
-def test_meta_safe_optimisers_pass(name):
-  meta.check_meta_safe(SAFE[name]())
-
-
-@pytest.mark.parametrize('name', UNSAFE)
-def test_meta_unsafe_optimisers_are_refused_with_the_reason(name):
-  with pytest.raises(UsageError, match='wrong derivative .* eps_root=1e-8'):
-    meta.check_meta_safe(UNSAFE[name]())

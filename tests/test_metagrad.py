@@ -16,7 +16,7 @@ MATRICES = ('body/.*/kernel',)
 LOSS, PARAMS, _, _ = toys.problem(dropout=0.2, sizes=(4,))
 OPTIMIZERS = {
   'sgd': lambda rate: optim.sgd(rate),
-  'adam': lambda rate: optim.adam(rate, eps_root=1e-8),
+  'clipped adamw': lambda rate: optim.adamw(rate, eps_root=1e-8),
 }
 TUNINGS = {
   'full': tuning.full(),

@@ -21,8 +21,8 @@ CLIPPED = optim.adamw(0.01)
 SGD = optim.sgd(0.1)
 SURGERY = tuning.select('body/layer_1/.*', 'head/.*')
 LORA = adapters.lora(MATRICES, rank=2, also=('head/.*',))
-# What a gradient with respect to it needs: no clipping, no zero square root.
-SMOOTH = optim.adam(0.01, eps_root=1e-8)
+# What a gradient with respect to it needs: no zero square root.
+SMOOTH = optim.adamw(0.01, eps_root=1e-8)
 
 
 def read_memory(params, model_state, batch, rng):

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmeta import optim
+from fmeta import optim, tree
 from fmeta.errors import UsageError
 
 PARAMS = {
@@ -126,3 +126,120 @@ def test_a_peak_may_be_traced_and_a_schedule_drives_an_optimizer():
   # Rates 1/3 and 2/3 of the peak with constant gradients.
   expected = jax.tree.map(lambda p, g: p - 0.3 * g, PARAMS, GRADS)
   _close(jax.jit(move)(0.3), expected)
+
+
+def test_the_ratio_of_lora_plus_is_a_multiplier():
+  rates = (('.*lora_b', 16.0), ('.*', 1.0))
+  params = {'up': {'kernel.lora_a': jnp.ones(2), 'kernel.lora_b': jnp.ones(2)}}
+  ones = jax.tree.map(jnp.ones_like, params)
+  optimizer = optim.sgd(0.5, multipliers=rates)
+  moved, _ = optimizer.update(ones, optimizer.init(params), params)
+  assert moved['up']['kernel.lora_a'][0] == -0.5
+  assert moved['up']['kernel.lora_b'][0] == -8.0
+
+
+def test_a_direction_moves_by_the_written_formula():
+  # p - rate m (direction(clip(g)) + weight_decay d p), direction = 3 g.
+  optimizer = optim.with_rates(
+    optax.scale(3.0),
+    0.1,
+    weight_decay=0.5,
+    multipliers=(('head/.*', 2.0), ('.*', 1.0)),
+    clip_norm=1.0,
+  )
+  norm = float(optax.tree.norm(GRADS))
+  assert norm > 1
+  decays = {
+    'body': {'kernel': 1, 'bias': 0},
+    'head': {'kernel.lora_a': 1, 'scale': 0},
+  }
+  rates = {
+    'body': {'kernel': 0.1, 'bias': 0.1},
+    'head': {'kernel.lora_a': 0.2, 'scale': 0.2},
+  }
+  expected = jax.tree.map(
+    lambda p, g, m, d: p - m * (3 * g / norm + 0.5 * d * p),
+    PARAMS,
+    GRADS,
+    rates,
+    decays,
+  )
+  _close(_updates(optimizer), expected)
+
+
+def _once(clip, grads, params=PARAMS):
+  return jax.jit(lambda g: clip.update(g, clip.init(params), params)[0])(grads)
+
+
+@pytest.mark.parametrize('bound', [0.1, 100.0])
+@pytest.mark.parametrize('what', ['norm', 'unit'])
+def test_clips_are_those_of_optax_where_there_is_a_gradient(what, bound):
+  ours, peer = {
+    'norm': (optim.clip_by_norm, optax.clip_by_global_norm),
+    'unit': (optim.clip_by_unit, optax.adaptive_grad_clip),
+  }[what]
+  params = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.ones(4)}
+  grads = jax.tree.map(jnp.cos, params)
+  ours = _once(ours(bound), grads, params)
+  peer = _once(peer(bound), grads, params)
+  if what == 'norm':
+    jax.tree.map(np.testing.assert_array_equal, ours, peer)
+  _close(ours, peer, rtol=1e-6)
+
+
+@pytest.mark.parametrize('make', [optim.clip_by_norm, optim.clip_by_unit])
+def test_a_clip_has_a_derivative_at_zero_and_keeps_a_nan(make):
+  clip = make(0.5)
+  zero = jax.tree.map(jnp.zeros_like, GRADS)
+
+  def total(grads):
+    clipped = clip.update(grads, clip.init(PARAMS), PARAMS)[0]
+    return sum(jnp.sum(g) for g in jax.tree.leaves(clipped))
+
+  # Nothing is clipped near zero: the identity.
+  _close(jax.jit(jax.grad(total))(zero), jax.tree.map(jnp.ones_like, zero))
+  broken = {**GRADS, 'body': jax.tree.map(lambda g: g * jnp.nan, GRADS['body'])}
+  assert np.isnan(jax.jit(total)(broken))
+
+
+def test_blocks_run_from_input_to_output():
+  names = [
+    *(f'body/layer_{k}/mlp/kernel' for k in (10, 2, 0)),
+    'body/pooler/kernel',
+    'body/embeddings/word/embedding',
+    'head/kernel',
+  ]
+  params = {}
+  for name in names:
+    params = tree.combine(params, _nested(name.split('/')))
+  blocks = optim.blocks_of(params)
+  assert blocks == [
+    'body/embeddings/.*',
+    'body/layer_0/.*',
+    'body/layer_2/.*',
+    'body/layer_10/.*',
+    'body/pooler/.*',
+    'head/.*',
+  ]
+  rates = tree.match(params, optim.layerwise_decay(blocks, 1 / 2.6))
+  np.testing.assert_allclose(
+    tree.get(rates, 'body/layer_10/mlp/kernel'), 2.6**-2
+  )
+  stages = {'body': {'stage_1': {}, 'stem': {}, 'stage_0': {}}, 'head': {}}
+  leaves = jax.tree.map(lambda _: {'block_0': {'kernel': 0}}, stages, is_leaf=(
+    lambda x: x == {}
+  ))  # fmt: skip
+  assert optim.blocks_of(leaves) == [
+    'body/stem/.*',
+    'body/stage_0/.*',
+    'body/stage_1/.*',
+    'head/.*',
+  ]
+  with pytest.raises(
+    UsageError, match=r'no parameter is named body/.*\[layers\]'
+  ):
+    optim.blocks_of({'layers': {'kernel': 0}})
+
+
+def _nested(parts):
+  return {parts[0]: _nested(parts[1:]) if len(parts) > 1 else 0}
