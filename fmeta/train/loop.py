@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmeta.train.boundaries import Boundaries
 from fmeta.train.dispatch import Program, chunks
 from fmeta.train.log import Live, Metrics, step_record
 from fmeta.train.saver import Saver
@@ -43,11 +44,12 @@ class Loop:
     stages: Sequence[Stage],
     rng: Array,
     settings: Settings,
-    program: Program | None = None,
+    programs: Program | Sequence[Program] | None = None,
   ):
-    self.learner, self.stages, self.rng = learner, stages, rng
-    self.settings = settings
-    self.program = program or Program(learner)
+    self.stages, self.rng, self.settings = stages, rng, settings
+    self.boundaries = Boundaries(
+      learner, stages, rng, programs, settings.place_state
+    )
     self.kept: Any = None  # the best trainable leaves and model state
     self.told_to_stop = False
     self.pending: tuple[int, dict[str, Array]] | None = None
@@ -58,19 +60,29 @@ class Loop:
     self.wait = cpu and jax.device_count() > 1
 
   def start(self, state: TrainState) -> None:
-    """Takes over a state: what moves will be donated."""
+    """Takes over a copy of a state."""
+    self.boundaries.check(state)
+    self._take(self.settings.place_state(state))
+    self.progress = Progress(int(state.step))
+
+  def _take(self, state: TrainState) -> None:
+    """Makes a state the loop's own: what moves in it will be donated."""
     self.frozen = state.frozen
     self.moving = dataclasses.replace(state, frozen={})
-    self.progress = Progress(int(state.step))
 
   def restore(self) -> None:
     """Continues from the last checkpoint, if there is one."""
     assert self.saver is not None
-    found = self.saver.restore(self.moving, self._leaves())
-    if found is not None:
-      moving, self.kept, progress = found
-      self.moving = moving
-      self.progress = Progress.from_json(progress)
+    found = self.saver.progress()
+    if found is None:
+      return
+    self.progress = Progress.from_json(found)
+    at, given = self.progress.learner, self._state()
+    fixed = self.boundaries.never_moved(given, at)
+    # The structure of that phase; its values come from the checkpoint.
+    self._take(self.boundaries.cross(given, 0, at))
+    state, self.kept = self.saver.restore(self._state(), self._leaves(), fixed)
+    self._take(state)
 
   def terminate(self) -> None:
     """Asks for a save and an end after the current dispatch."""
@@ -87,6 +99,7 @@ class Loop:
       self._run_stage(self.stages[self.progress.stage])
     state = self._state()
     records = self.metrics.records
+    programs = self.boundaries.programs.values()
     return Fitted(
       state=state,
       params=self.learner.params(state),
@@ -98,12 +111,33 @@ class Loop:
       stopped_early=self.progress.stopped_early,
       best_step=self.progress.best.step,
       flops_per_step=self.program.flops_per_step,
-      peak_bytes=self.program.peak_bytes,
-      traces=self.program.traces,
+      peak_bytes=max((p.peak_bytes or 0 for p in programs), default=0) or None,
+      traces=sum(p.traces for p in programs),
     )
+
+  @property
+  def learner(self) -> Learner:
+    """The learner whose state it is."""
+    return self.boundaries.learners[self.progress.learner]
+
+  @property
+  def program(self) -> Program:
+    """The compiled steps of that learner."""
+    return self.boundaries.program(self.progress.learner)
+
+  def _enter(self) -> None:
+    """Takes the state to the learner of the stage that begins."""
+    at, stage = self.progress.learner, self.progress.stage + 1
+    state = self.boundaries.cross(self._state(), at, stage)
+    if self.boundaries.learners[at] is not self.boundaries.learners[stage]:
+      self._take(state)
+      if self.saver is not None:
+        self.saver.hold(self.frozen)
+    self.progress.learner = stage
 
   def _run_stage(self, stage: Stage) -> None:
     progress = self.progress
+    self._enter()
     if progress.index == 0:
       progress.best, progress.stopped_early = Best(), False
       self.kept = None

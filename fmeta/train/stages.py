@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fmeta.errors import UsageError
+from fmeta.phases import Phase
 from fmeta.train.stopping import Best, Monitor
-from fmeta.types import Batch, Forward, Params, TrainState
+from fmeta.types import Batch, Forward, Learner, Params, TrainState, Tuning
 
 
 class Stage(NamedTuple):
-  """A task of a stream; plain training is one stage.
+  """A task of a stream, or a phase of one; plain training is one stage.
 
   Attributes:
     name: appears in the log.
@@ -18,12 +19,58 @@ class Stage(NamedTuple):
     num_steps: at least 1.
     remember: what `learner.end_task` consolidates on; nothing: no
       consolidation.
+    learner: takes this stage's steps; that of `fit` by default. Where it
+      changes, `fmeta.retune` takes the state over.
   """
 
   name: str
   batches: Callable[[int], Batch]
   num_steps: int
   remember: Sequence[Batch] = ()
+  learner: Learner | None = None
+
+
+def in_phases(
+  phases: Sequence[Phase], learner_of: Callable[[Tuning], Learner]
+) -> Callable[..., list[Stage]]:
+  """Stages from phases; every task goes through the same learners.
+
+    stages = train.in_phases(
+      fmeta.lp_ft('head/.*', probe_steps=100, full_steps=200),
+      lambda tuning: fmeta.finetune(loss, optimizer, tuning=tuning),
+    )('trec', batches)
+    learner = stages[0].learner
+    state = learner.init(params, key)
+    fitted = train.fit(learner, state, stages, key)
+
+  Args:
+    phases: from `fmeta.phases`, `gradual_unfreezing`, `chain_thaw`, `lp_ft`.
+    learner_of: called once per phase; for one optimiser throughout, or as
+      many as there are tunings.
+
+  Returns:
+    `(name, batches, remember=()) -> stages`, one per phase, named
+    `<name>/phase_<k>`. `batches` counts through all phases of the task, whose
+    end alone consolidates `remember`.
+  """
+  learners = [learner_of(phase.tuning) for phase in phases]
+
+  def stages(name, batches, remember=()):
+    made, first = [], 0
+    for k, phase in enumerate(phases):
+      made.append(
+        Stage(
+          f'{name}/phase_{k}',
+          lambda i, first=first: batches(first + i),
+          phase.num_steps,
+          remember if k == len(phases) - 1 else (),
+          learners[k],
+        )
+      )
+      first += phase.num_steps
+    return made
+
+  return stages
 
 
 class Fitted(NamedTuple):
@@ -42,8 +89,8 @@ class Fitted(NamedTuple):
       tasks), without compilation, evaluations and saves; 0 if no step ran.
     stopped_early: whether patience ended the last stage.
     best_step: step of the last stage's best evaluation.
-    flops_per_step: see `Program`.
-    peak_bytes: see `Program`.
+    flops_per_step: of the last stage, see `Program`.
+    peak_bytes: of the largest program, see there.
     traces: programs compiled.
   """
 
@@ -78,6 +125,7 @@ class Settings:
   checkpoint_every: int
   steps_per_dispatch: int
   log_every: int
+  place_state: Callable[[TrainState], TrainState]
   place_batches: Callable[[Batch], Batch]
 
   def check(self, stages: Sequence[Stage]) -> None:
@@ -111,10 +159,15 @@ class Settings:
 
 @dataclasses.dataclass
 class Progress:
-  """Where the loop is; saved as JSON beside the state."""
+  """Where the loop is; saved as JSON beside the state.
+
+  `learner` numbers the learner whose state it is, see `Boundaries`: at a
+  stage's end still that of the stage.
+  """
 
   step: int
   stage: int = 0
+  learner: int = 0
   index: int = 0
   best: Best = dataclasses.field(default_factory=Best)
   stopped_early: bool = False
