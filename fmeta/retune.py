@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fmeta import tree
 from fmeta.errors import UsageError
@@ -70,7 +71,12 @@ def _named(arrays: Any) -> Named:
 def _alike(there: Any, here: Any) -> bool:
   if there is None:
     return False
-  return (there.shape, there.dtype) == (here.shape, here.dtype)
+  # Not attributes: an optimiser may be given a Python number (`set_hyper`).
+  return _kind(there) == _kind(here)
+
+
+def _kind(leaf: Any) -> str:
+  return f'{jnp.result_type(leaf)}{list(jnp.shape(leaf))}'
 
 
 def _parameters(
@@ -116,8 +122,8 @@ def _put_back(kept: Mapping[str, Any], fresh: Params) -> Params:
       return leaf
     if not _alike(kept[name], leaf):
       raise UsageError(
-        f'{name!r} is {kept[name].dtype}{kept[name].shape} in one phase and '
-        f'{leaf.dtype}{leaf.shape} in the next; give both the same shape'
+        f'{name!r} is {_kind(kept[name])} in one phase and {_kind(leaf)} in '
+        'the next; give both the same shape'
       )
     return kept[name]
 
