@@ -52,7 +52,8 @@ class Chain:
     self.num_steps = NUM_STEPS * len(self.stages)
 
   def run(self, **options):
-    return fit(self.stages, program=self.programs, **options)
+    options = {'steps_per_dispatch': 1, 'program': self.programs, **options}
+    return fit(self.stages, **options)
 
 
 @pytest.fixture(scope='module')
@@ -141,8 +142,8 @@ def test_lp_ft_through_fit_is_the_hand_written_loop():
 
 
 def test_each_phase_is_traced_once_and_moves_its_leaves_only(chain):
-  assert chain.run().traces == chain.whole.traces
-  assert all(program.traces <= 2 for program in chain.programs)
+  assert chain.whole.traces == 4 and chain.run().traces == 4
+  assert [program.traces for program in chain.programs] == [1] * 4
   params = [toys.three_kernels(), *chain.seen]
   phases = fmeta.chain_thaw(BLOCKS, NUM_STEPS)
   for k, names in enumerate(moving(phases)):
@@ -161,8 +162,8 @@ def rewound(chain, step, folder):
   return folder
 
 
-@pytest.mark.parametrize('step', range(1, 13))
-def test_resume_from_any_step_is_bitwise(chain, step, tmp_path):
+@pytest.mark.parametrize('step', [1, 3, 5, 6, 8, 9, 10, 12])
+def test_resume_from_boundaries_and_between_is_bitwise(chain, step, tmp_path):
   folder = rewound(chain, step, tmp_path / 'run')
   resumed = chain.run(workdir=folder, resume=True, after_stage=lambda *_: [])
   assert_same(chain.whole.state, resumed.state, 'resumed')
@@ -174,18 +175,17 @@ def test_a_frozen_leaf_is_written_once_per_content(chain):
   held = train.checkpoint.Checkpoints(chain.folder / 'checkpoints')
   names = sorted(name for name, _ in held._held())
   held.close()
-  # The start of both blocks and the probed head; then what each block became.
-  assert names == sorted([*KERNELS, KERNELS[0], KERNELS[1]][:4] + [])
+  # Both blocks as they came, the probed head, the first block as it became.
+  assert names == sorted([*KERNELS, KERNELS[0]])
 
 
 def test_other_pretrained_weights_are_refused_in_a_later_phase(chain, tmp_path):
-  folder = rewound(chain, 7, tmp_path / 'run')
   params = toys.three_kernels()
   params['body']['layer_1'] = {
     'kernel': params['body']['layer_1']['kernel'] + 1
   }
   state = chain.stages[0].learner.init(params, jax.random.key(1))
-  folder = rewound(chain, 5, tmp_path / 'other')
+  folder = rewound(chain, 5, tmp_path / 'run')
   with pytest.raises(UsageError, match="'body/layer_1/kernel' differs"):
     chain.run(state=state, workdir=folder, resume=True)
 

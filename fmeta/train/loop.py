@@ -33,6 +33,7 @@ class Loop:
 
   moving: TrainState
   frozen: Params
+  dormant: Any
   progress: Progress
   metrics: Metrics
   live: Live
@@ -67,8 +68,9 @@ class Loop:
 
   def _take(self, state: TrainState) -> None:
     """Makes a state the loop's own: what moves in it will be donated."""
-    self.frozen = state.frozen
-    self.moving = dataclasses.replace(state, frozen={})
+    self.frozen, self.dormant = state.frozen, state.dormant
+    # Dormant leaves come and go by phase: in a program they would recompile it.
+    self.moving = dataclasses.replace(state, frozen={}, dormant={})
 
   def restore(self) -> None:
     """Continues from the last checkpoint, if there is one."""
@@ -255,7 +257,8 @@ class Loop:
     if self.saver is not None:
       self.metrics.sync()
       progress = dataclasses.asdict(self.progress)
-      self.saver.save(self.progress.step, self.moving, self.kept, progress)
+      state = dataclasses.replace(self.moving, dormant=self.dormant)
+      self.saver.save(self.progress.step, state, self.kept, progress)
 
   def _flush(self) -> None:
     """Fetches, checks and logs the metrics of the last dispatch."""
@@ -294,7 +297,9 @@ class Loop:
     return f'last good checkpoint: {self.saver.path(step)}'
 
   def _state(self) -> TrainState:
-    return dataclasses.replace(self.moving, frozen=self.frozen)
+    return dataclasses.replace(
+      self.moving, frozen=self.frozen, dormant=self.dormant
+    )
 
   def _leaves(self) -> dict[str, Any]:
     return {
