@@ -111,7 +111,7 @@ def in_phases(loss):
       penalty=fmeta.l2_sp(0.1),
     ),
   )('task', lambda i: rows(1, i, 8))
-  return stages[0].learner, stages, {'steps_per_dispatch': 3}
+  return stages[0].learner, stages, {}
 
 
 def kill_after_step(step, number):

@@ -12,7 +12,7 @@ import toys
 import fmeta
 from fmeta import optim, tree
 from fmeta.errors import UsageError
-from fmeta.testing import assert_close, assert_same
+from fmeta.testing import assert_close, assert_same, check_gradient
 from fmeta.types import Tuning, merged
 
 KEY = jax.random.key(4)
@@ -251,3 +251,21 @@ def test_a_memory_goes_on_and_is_never_lost():
   state = state.replace(memory=jax.tree.map(lambda x: x + 1, state.memory))
   assert_same(state.memory, fmeta.retune(state, old, new, KEY).memory, '')
   assert 'rehearse' in refusal(state, old, learner_of(FIRST), KEY)
+
+
+@pytest.mark.usefixtures('x64')
+def test_a_meta_gradient_goes_through_a_boundary():
+  sgd = optim.sgd(0.1, momentum=0.9)
+  probe, whole = (learner_of(*m, optimizer=sgd) for m in ([HEAD], ['.*']))
+  params, support = toys.double((toys.three_kernels(), toys.batch_of()))
+  query = toys.double(toys.batch_of(seed=1))
+
+  def objective(params):
+    state = probe.init(params, KEY)
+    state, _ = fmeta.adapt(probe, state, lambda i: support, KEY, num_steps=2)
+    state = fmeta.retune(state, probe, whole, KEY)
+    state, _ = fmeta.adapt(whole, state, lambda i: support, KEY, num_steps=2)
+    return LOSS(whole.params(state), {}, query, None)[0]
+
+  grads = check_gradient(objective, params)
+  assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))

@@ -84,9 +84,9 @@ class Boundaries:
   def never_moved(self, state: TrainState, stop: int) -> set[str]:
     """Names of leaves that are frozen in every learner up to `stop`."""
     names = set(tree.names(state.frozen))
-    for number in range(1, stop + 1):
-      shape = jax.eval_shape(
-        lambda start, number=number: self._retuned(start, 0, number), state
+    for number in range(stop):
+      state = jax.eval_shape(
+        lambda before, k=number: self._retuned(before, k, k + 1), state
       )
-      names &= set(tree.names(shape.frozen))
+      names &= set(tree.names(state.frozen))
     return names
