@@ -1,7 +1,7 @@
 """What moves over time: phases, as data for the host.
 
 A phase is a number of steps and a tuning; `fmeta.retune` takes the state from
-one phase to the next, and `train.in_phases` makes stages of them.
+one phase to the next, and `train.Phased` makes stages of them.
 """
 
 from collections.abc import Iterable, Sequence

@@ -102,7 +102,7 @@ def setting(regime):
 
 def in_phases(loss):
   tunings = [fmeta.select('head/.*'), fmeta.select('body/.*'), fmeta.full()]
-  stages = train.in_phases(
+  phased = train.Phased(
     fmeta.phases(zip(LENGTHS, tunings, strict=True)),
     lambda tuning: fmeta.finetune(
       loss,
@@ -110,8 +110,9 @@ def in_phases(loss):
       tuning=tuning,
       penalty=fmeta.l2_sp(0.1),
     ),
-  )('task', lambda i: rows(1, i, 8))
-  return stages[0].learner, stages, {}
+  )
+  stages = phased.stages('task', lambda i: rows(1, i, 8))
+  return phased.learners[0], stages, {}
 
 
 def kill_after_step(step, number):

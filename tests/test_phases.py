@@ -46,9 +46,9 @@ class Chain:
   """Chain-thaw, whose blocks freeze again: the hardest for a restore."""
 
   def __init__(self):
-    make = train.in_phases(fmeta.chain_thaw(BLOCKS, NUM_STEPS), learner_of)
-    self.stages = make('task', batches)
-    self.programs = [train.Program(stage.learner) for stage in self.stages]
+    phased = train.Phased(fmeta.chain_thaw(BLOCKS, NUM_STEPS), learner_of)
+    self.stages = phased.stages('task', batches)
+    self.programs = [train.Program(learner) for learner in phased.learners]
     self.num_steps = NUM_STEPS * len(self.stages)
 
   def run(self, **options):
@@ -115,14 +115,14 @@ def test_phases_that_make_no_sense_are_refused_in_one_line(make, word):
 
 
 def test_lp_ft_through_fit_is_the_hand_written_loop():
-  make = train.in_phases(
+  phased = train.Phased(
     fmeta.lp_ft('head/.*', probe_steps=3, full_steps=3),
     lambda tuning: learner_of(
       tuning,
       fmeta.adamw_per_leaf(0.05, weight_decay=0.0, clip_norm=None),
     ),
   )
-  fitted = fit(make('lp_ft', batches))
+  fitted = fit(phased.stages('lp_ft', batches))
   grad = jax.jit(jax.grad(lambda p, batch: LOSS(p, {}, batch, None)[0]))
   adam = optax.adam(0.05)
   params = toys.three_kernels()
@@ -191,7 +191,7 @@ def test_other_pretrained_weights_are_refused_in_a_later_phase(chain, tmp_path):
 
 
 def test_a_boundary_is_refused_before_the_first_step():
-  make = train.in_phases(
+  phased = train.Phased(
     fmeta.lp_ft('head/.*', probe_steps=3, full_steps=3),
     lambda tuning: learner_of(tuning, optim.adamw(0.1)),
   )
@@ -200,7 +200,7 @@ def test_a_boundary_is_refused_before_the_first_step():
     raise AssertionError('a step was taken')
 
   with pytest.raises(UsageError, match='fmeta.per_leaf'):
-    fit(make('lp_ft', never))
+    fit(phased.stages('lp_ft', never))
 
 
 def test_a_program_of_another_learner_is_refused(chain):
@@ -227,12 +227,12 @@ def test_tasks_share_learners_and_consolidate_at_their_end_only():
     made.append(learner_of(tuning, optim.sgd(0.1), penalty=fmeta.ewc(1.0)))
     return made[-1]
 
-  make = train.in_phases(
+  phased = train.Phased(
     fmeta.lp_ft('head/.*', probe_steps=2, full_steps=2), build
   )
   stages = [
-    *make('first', batches, [batches(0)]),
-    *make('second', batches, [batches(1)]),
+    *phased.stages('first', batches, [batches(0)]),
+    *phased.stages('second', batches, [batches(1)]),
   ]
   options = {
     'forward': toys.three_layers,
@@ -260,7 +260,7 @@ def test_phases_on_eight_devices_equal_one():
   probe = build(fmeta.select('head/.*'))
   lora = fmeta.lora_merged('body/.*', rank=2, also=('head/.*',))
   phases = fmeta.phases([(2, lora), (2, fmeta.full())])
-  stages = train.in_phases(phases, build)('task', batches)
+  stages = train.Phased(phases, build).stages('task', batches)
   mesh = sharding.make_mesh(sharding.parse_mesh('data:8'))
   # The state is the probe's: factors are born on the mesh before step 1.
   one = fit(stages, probe, steps_per_dispatch=2)

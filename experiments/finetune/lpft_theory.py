@@ -143,20 +143,17 @@ class Method:
 
     self.name, self.config = name, config
     phases = phases_of(config)[name]
-    self.stages = train.in_phases(phases, learner_of)
-    learners = [stage.learner for stage in self.stages(name, dict)]
-    self.learner = learners[0]
-    self.programs = [train.Program(learner) for learner in learners]
+    self.phased = train.Phased(phases, learner_of)
+    self.programs = [train.Program(each) for each in self.phased.learners]
 
   def run(self, context: Context, problem: Problem, seed: int) -> dict:
     """Trains on one problem; its errors and costs."""
-    config = self.config
+    config, first = self.config, self.phased.learners[0]
+    params = jax.tree.map(jnp.asarray, problem.params)
     fitted = train.fit(
-      self.learner,
-      self.learner.init(
-        jax.tree.map(jnp.asarray, problem.params), jax.random.key(0)
-      ),
-      self.stages(self.name, lambda i: problem.columns),
+      first,
+      first.init(params, jax.random.key(config.seed.init)),
+      self.phased.stages(self.name, lambda i: problem.columns),
       jax.random.key(config.seed.train + seed),
       steps_per_dispatch=250,
       log_every=250,

@@ -19,15 +19,15 @@ from jax.sharding import Mesh
 from fmeta import sharding
 from fmeta.errors import UsageError
 from fmeta.sharding import Rules
-from fmeta.train.dispatch import Program
+from fmeta.train.dispatch import Program, own, strong
 from fmeta.train.log import Live, Metrics, refuse_used
-from fmeta.train.loop import Loop, own, strong
+from fmeta.train.loop import Loop
 from fmeta.train.saver import Saver, on_sigterm
-from fmeta.train.stages import Diverged, Fitted, Settings, Stage, in_phases
+from fmeta.train.stages import Diverged, Fitted, Phased, Settings, Stage
 from fmeta.train.stopping import Monitor
 from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
 
-__all__ = ['Diverged', 'Fitted', 'Program', 'Stage', 'fit', 'in_phases']
+__all__ = ['Diverged', 'Fitted', 'Phased', 'Program', 'Stage', 'fit']
 
 
 def fit(
@@ -66,7 +66,7 @@ def fit(
 
   Args:
     learner: any learner; an outer one trains on episodes. Stages may bring
-      their own, see `in_phases`.
+      their own, see `Phased`.
     state: from `learner.init`; it is copied, so it stays valid.
     stages: in order.
     rng: typed root key; a resumed run needs the same.

@@ -7,19 +7,17 @@ after the next one has been started, so the device does not wait for the host.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from fmeta.train.boundaries import Boundaries
-from fmeta.train.dispatch import Program, chunks
+from fmeta.train.dispatch import Program, chunks, own, require_finite
 from fmeta.train.log import Live, Metrics, step_record
 from fmeta.train.saver import Saver
-from fmeta.train.stages import Diverged, Fitted, Progress, Settings, Stage
+from fmeta.train.stages import Fitted, Progress, Settings, Stage
 from fmeta.train.stopping import Best
 from fmeta.types import Array, Batch, Learner, Params, TrainState
 
@@ -129,10 +127,10 @@ class Loop:
 
   def _enter(self) -> None:
     """Takes the state to the learner of the stage that begins."""
-    at, stage = self.progress.learner, self.progress.stage + 1
-    state = self.boundaries.cross(self._state(), at, stage)
-    if self.boundaries.learners[at] is not self.boundaries.learners[stage]:
-      self._take(state)
+    before, stage = self._state(), self.progress.stage + 1
+    after = self.boundaries.cross(before, self.progress.learner, stage)
+    if after is not before:
+      self._take(after)
       if self.saver is not None:
         self.saver.hold(self.frozen)
     self.progress.learner = stage
@@ -267,7 +265,7 @@ class Loop:
     first, device_metrics = self.pending
     self.pending = None
     fetched = jax.device_get(device_metrics)
-    self._require_finite(first, fetched)
+    require_finite(first, fetched, self._last_good)
     stage = self.stages[self.progress.stage].name
     length = len(fetched['loss'])
     last = self.last_step()
@@ -280,15 +278,6 @@ class Loop:
       if i == length - 1:
         self.metrics.scalars(step, record)
         self.live.update(record, self._rate(), last=step == last)
-
-  def _require_finite(self, first: int, fetched: Mapping) -> None:
-    for name in ('loss', 'update_norm'):
-      bad = np.flatnonzero(~np.isfinite(fetched.get(name, np.zeros(1))))
-      if bad.size:
-        raise Diverged(
-          f'{name} is {fetched[name][bad[0]]} at step {first + bad[0] + 1}; '
-          f'{self._last_good()}; lower the learning rate or clip gradients'
-        )
 
   def _last_good(self) -> str:
     step = None if self.saver is None else self.saver.last_saved()
@@ -309,15 +298,3 @@ class Loop:
 
   def _rate(self) -> float:
     return self.examples / self.seconds if self.seconds else 0.0
-
-
-def own(leaves: Any) -> Any:
-  """A copy: `fit` donates it, and a buffer can be donated only once."""
-  return jax.tree.map(lambda x: jnp.array(x, copy=True), strong(leaves))
-
-
-def strong(leaves: Any) -> Any:
-  """Strongly typed arrays, as every step returns them."""
-  return jax.tree.map(
-    lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), leaves
-  )

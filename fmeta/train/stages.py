@@ -30,47 +30,58 @@ class Stage(NamedTuple):
   learner: Learner | None = None
 
 
-def in_phases(
-  phases: Sequence[Phase], learner_of: Callable[[Tuning], Learner]
-) -> Callable[..., list[Stage]]:
-  """Stages from phases; every task goes through the same learners.
+class Phased:
+  """Phases with a learner each, ready to become the stages of any task.
 
-    stages = train.in_phases(
+    phased = train.Phased(
       fmeta.lp_ft('head/.*', probe_steps=100, full_steps=200),
       lambda tuning: fmeta.finetune(loss, optimizer, tuning=tuning),
-    )('trec', batches)
-    learner = stages[0].learner
-    state = learner.init(params, key)
-    fitted = train.fit(learner, state, stages, key)
+    )
+    first = phased.learners[0]
+    state = first.init(params, key)
+    fitted = train.fit(first, state, phased.stages('trec', batches), key)
 
   Args:
     phases: from `fmeta.phases`, `gradual_unfreezing`, `chain_thaw`, `lp_ft`.
-    learner_of: called once per phase; for one optimiser throughout, or as
-      many as there are tunings.
+    learner_of: called once per phase, whatever the number of tasks.
 
-  Returns:
-    `(name, batches, remember=()) -> stages`, one per phase, named
-    `<name>/phase_<k>`. `batches` counts through all phases of the task, whose
-    end alone consolidates `remember`.
+  Attributes:
+    learners: one per phase.
   """
-  learners = [learner_of(phase.tuning) for phase in phases]
 
-  def stages(name, batches, remember=()):
+  def __init__(
+    self, phases: Sequence[Phase], learner_of: Callable[[Tuning], Learner]
+  ):
+    self.phases = tuple(phases)
+    self.learners = tuple(learner_of(phase.tuning) for phase in phases)
+
+  def stages(
+    self,
+    name: str,
+    batches: Callable[[int], Batch],
+    remember: Sequence[Batch] = (),
+  ) -> list[Stage]:
+    """The stages of a task, named `<name>/phase_<k>`.
+
+    Args:
+      name: of the task.
+      batches: `i -> batch`; i counts through all phases of the task.
+      remember: consolidated at the end of the task, not of its phases.
+    """
     made, first = [], 0
-    for k, phase in enumerate(phases):
+    for k, (phase, learner) in enumerate(
+      zip(self.phases, self.learners, strict=True)
+    ):
       made.append(
         Stage(
           f'{name}/phase_{k}',
           lambda i, first=first: batches(first + i),
           phase.num_steps,
-          remember if k == len(phases) - 1 else (),
-          learners[k],
+          learner=learner,
         )
       )
       first += phase.num_steps
-    return made
-
-  return stages
+    return [*made[:-1], made[-1]._replace(remember=remember)]
 
 
 class Fitted(NamedTuple):
