@@ -8,6 +8,9 @@ from fmeta.losses import softmax_cross_entropy, squared_error, supervised
 from fmeta.memory import reservoir
 from fmeta.meta import episode_loss, in_chunks, predict_episodes, reptile_loss
 from fmeta.penalty import ewc, l2_sp, no_penalty
+from fmeta.per_leaf import adamw_per_leaf, per_leaf
+from fmeta.phases import Phase, chain_thaw, gradual_unfreezing, lp_ft, phases
+from fmeta.retune import retune
 from fmeta.tuning import full, select
 from fmeta.types import (
   Aux,
@@ -27,29 +30,37 @@ __all__ = (
   'LossFn',
   'Memory',
   'Penalty',
+  'Phase',
   'TrainState',
   'Tuning',
   'UsageError',
   'accumulate',
+  'adamw_per_leaf',
   'adapt',
   'append',
   'beside',
+  'chain_thaw',
   'episode_loss',
   'ewc',
   'finetune',
   'first_order',
   'full',
+  'gradual_unfreezing',
   'in_chunks',
   'l2_sp',
   'lora',
   'lora_init',
   'lora_merged',
+  'lp_ft',
   'no_penalty',
+  'per_leaf',
+  'phases',
   'plain',
   'predict_episodes',
   'rehearse',
   'reptile_loss',
   'reservoir',
+  'retune',
   'select',
   'softmax_cross_entropy',
   'squared_error',

@@ -216,6 +216,7 @@ def state_shardings(
     penalty_state=follow(state.penalty_state),
     # Rows come from everywhere in global batch order, and go everywhere.
     memory=whole(state.memory),
+    dormant=follow(state.dormant),
   )
 
 

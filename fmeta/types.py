@@ -121,7 +121,11 @@ class Memory(NamedTuple):
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that the next step needs, and nothing else."""
+  """All that the next step needs.
+
+  `dormant` alone waits for a later phase: what the penalty knows of leaves
+  that are frozen now, by name (see `fmeta.retune`).
+  """
 
   step: Array
   trainable: Params
@@ -130,6 +134,7 @@ class TrainState(flax.struct.PyTreeNode):
   model_state: ModelState
   penalty_state: Any
   memory: Any
+  dormant: Any = flax.struct.field(default_factory=dict)
 
 
 class Learner(NamedTuple):

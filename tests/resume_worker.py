@@ -29,6 +29,7 @@ from fmeta import optim, train
 from fmeta.train import checkpoint, log
 
 NUM_STEPS, EVERY = 14, 4  # of the stream: two tasks of 7
+LENGTHS = (5, 4, 5)  # of the phases
 
 
 def forward(params, model_state, batch, rng):
@@ -75,6 +76,9 @@ def setting(regime):
       fmeta.episode_loss(inner, loss, 2), optax.adam(1e-2)
     )
     return learner, [train.Stage('meta', tasks, NUM_STEPS)], {}
+  if regime == 'phases':
+    # The head freezes in the second phase and thaws in the third.
+    return in_phases(loss)
   learner = fmeta.rehearse(
     fmeta.finetune(loss, optax.adam(1e-2), penalty=fmeta.ewc(5.0)),
     fmeta.reservoir(12, {k: v[0] for k, v in rows(0, 0, 1).items()}),
@@ -94,6 +98,21 @@ def setting(regime):
     'steps_per_dispatch': 2,
   }
   return learner, stages, options
+
+
+def in_phases(loss):
+  tunings = [fmeta.select('head/.*'), fmeta.select('body/.*'), fmeta.full()]
+  phased = train.Phased(
+    fmeta.phases(zip(LENGTHS, tunings, strict=True)),
+    lambda tuning: fmeta.finetune(
+      loss,
+      fmeta.adamw_per_leaf(1e-2),
+      tuning=tuning,
+      penalty=fmeta.l2_sp(0.1),
+    ),
+  )
+  stages = phased.stages('task', lambda i: rows(1, i, 8))
+  return phased.learners[0], stages, {}
 
 
 def kill_after_step(step, number):

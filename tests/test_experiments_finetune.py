@@ -8,8 +8,10 @@ import pytest
 from experiments import docparams as main_job
 from experiments import run as job
 from experiments.finetune import docparams as panel_a
+from experiments.finetune import lpft_theory
 from fmeta import predict
 from fmeta.report import Panel, Row, bars
+from fmeta.workdir import Context
 
 
 def execute(module, workdir, *flags, **settings) -> int:
@@ -92,3 +94,58 @@ def test_the_page_has_three_panels_and_their_pictures(tmp_path, monkeypatch):
   assert all(f'How {name}?' in page for name in seen)
   for letter in 'abc':
     assert (folder / f'panel_{letter}.png').read_bytes()[1:4] == b'PNG'
+
+
+def descend(problem, config, phases):
+  """The errors of plain gradient descent; phases: (steps, does B move)."""
+  body, head = (
+    np.float64(problem.params[name]['kernel']) for name in ('body', 'head')
+  )
+  x, target = (np.float64(problem.columns[key]) for key in ('x', 'target'))
+  for steps, both in phases:
+    for _ in range(steps):
+      residual = 2 * (x @ body @ head - target) / len(x)
+      pull = x.T @ residual
+      head, body = (
+        head - config.rate * body.T @ pull,
+        body - config.rate * pull @ head.T * both,
+      )
+  off, true = (body @ head)[:, 0] - problem.weights, problem.weights
+  inside = problem.basis.T
+  return {
+    'ID': np.sum((inside @ off) ** 2) / np.sum((inside @ true) ** 2),
+    'OOD': np.sum(off**2) / np.sum(true**2),
+  }
+
+
+def test_lpft_theory_is_plain_gradient_descent_and_has_its_order(tmp_path):
+  config = lpft_theory.Config(num_steps=300)
+  problem = lpft_theory.draw(config, 0.2, 1)
+  found = {
+    name: lpft_theory.Method(config, name).run(Context(tmp_path), problem, 1)
+    for name in lpft_theory.METHODS
+  }
+  schedules = {
+    'LP': [(300, False)],
+    'FT': [(300, True)],
+    'LP-FT': [(150, False), (150, True)],
+  }
+  out = {name: run['errors'] for name, run in found.items()}
+  for name, phases in schedules.items():
+    for side, value in descend(problem, config, phases).items():
+      np.testing.assert_allclose(out[name][side], value, rtol=1e-3, atol=1e-9)
+  assert out['FT']['ID'] < out['LP-FT']['ID'] < out['LP']['ID']
+  assert out['LP-FT']['OOD'] < out['LP']['OOD'] < out['FT']['OOD']
+
+
+def test_lpft_theory_reports_paired_differences(tmp_path):
+  folder = tmp_path / 'run'
+  assert execute(lpft_theory, folder, **lpft_theory.SMALL) == 0
+  result = json.loads((folder / 'result.json').read_text())
+  metrics, ci95 = result['metrics'], result['ci95']
+  for side in lpft_theory.SIDES:
+    ft, lp = (metrics[f'noise 0.1 {side} {name}'] for name in ('FT', 'LP'))
+    key = f'noise 0.1 {side} FT minus LP'
+    np.testing.assert_allclose(metrics[key], ft - lp, atol=1e-12)
+    assert ci95[key][0] <= metrics[key] <= ci95[key][1]
+  assert result['steps'] == lpft_theory.SMALL['num_steps']

@@ -14,6 +14,7 @@ ROWS = [
   {'types'},
   {'tree'},
   {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'},
+  {'per_leaf', 'phases', 'retune'},
   {'learner'},
   {'losses', 'meta', 'meta_safe'},
 ]
@@ -129,4 +130,6 @@ def test_one_place_updates_parameters():
     if isinstance(node, ast.Assign | ast.Return)
     and _is_call(node.value, 'update')
   ]
-  assert updated == [('learner', 'optimizer.update')]
+  # A transformation around another one hands the gradient on to it.
+  wrapped = [('per_leaf', 'inner.update')]
+  assert updated == [('learner', 'optimizer.update'), *wrapped]

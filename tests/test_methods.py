@@ -9,6 +9,7 @@ import toys
 from fmeta import adapters, gradients, losses, memory, optim, penalty, tuning
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.meta import episode_loss, reptile_loss
+from fmeta.per_leaf import adamw_per_leaf
 from fmeta.testing import check_learner
 
 LOSS, PARAMS, BATCH, FORWARD = toys.problem(dropout=0.2)
@@ -37,6 +38,7 @@ ROWS = {
   'momentum': finetune(LOSS, optim.sgd(0.1, momentum=0.9, clip_norm=0.5)),
   'schedule': finetune(LOSS, optim.adamw(optim.warmup_linear(0.01, 10))),
   'select': finetune(LOSS, CLIPPED, tuning=SURGERY),
+  'adamw_per_leaf': finetune(LOSS, adamw_per_leaf(0.01), tuning=SURGERY),
   'lora': finetune(LOSS, CLIPPED, tuning=LORA),
   'lora_merged': finetune(
     LOSS, CLIPPED, tuning=adapters.lora_merged(MATRICES, rank=2)

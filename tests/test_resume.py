@@ -13,7 +13,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SEED = 20261123
-SAVES = {'plain': [4, 8, 12], 'meta': [4, 8, 12], 'stream': [4, 7, 11]}
+SAVES = {
+  'plain': [4, 8, 12],
+  'meta': [4, 8, 12],
+  'stream': [4, 7, 11],
+  # At a boundary; three deaths in three phases.
+  'phases': [9],
+}
 
 
 def deaths_of(regime):
@@ -51,7 +57,7 @@ def lives(regime, folder, cache):
   return json.loads(done.stdout), done.stderr
 
 
-@pytest.mark.parametrize('regime', ['plain', 'meta', 'stream'])
+@pytest.mark.parametrize('regime', SAVES)
 def test_killed_run_equals_uninterrupted_run_bitwise(regime, tmp_path):
   statuses, errors = lives(regime, tmp_path, tmp_path / 'cache')
   kill = -signal.SIGKILL

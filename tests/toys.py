@@ -115,3 +115,20 @@ def double(values):
     return x.astype('float64') if jnp.issubdtype(x.dtype, jnp.floating) else x
 
   return jax.tree.map(one, values)
+
+
+def three_layers(params, model_state, batch, rng):
+  """A `Forward` of three kernels, no linen: cheap to trace and compile."""
+  hidden = jnp.tanh(batch['x'] @ params['body']['layer_0']['kernel'])
+  hidden = jnp.tanh(hidden @ params['body']['layer_1']['kernel'])
+  return hidden @ params['head']['kernel'], model_state
+
+
+def three_kernels(seed=0):
+  random = np.random.default_rng(seed)
+
+  def kernel(*shape):
+    return {'kernel': jnp.asarray(random.normal(0, 0.5, shape), jnp.float32)}
+
+  body = {'layer_0': kernel(6, 5), 'layer_1': kernel(5, 4)}
+  return {'body': body, 'head': kernel(4, 3)}

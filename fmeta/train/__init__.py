@@ -19,15 +19,15 @@ from jax.sharding import Mesh
 from fmeta import sharding
 from fmeta.errors import UsageError
 from fmeta.sharding import Rules
-from fmeta.train.dispatch import Program
+from fmeta.train.dispatch import Program, own, strong
 from fmeta.train.log import Live, Metrics, refuse_used
-from fmeta.train.loop import Loop, own, strong
+from fmeta.train.loop import Loop
 from fmeta.train.saver import Saver, on_sigterm
-from fmeta.train.stages import Diverged, Fitted, Settings, Stage
+from fmeta.train.stages import Diverged, Fitted, Phased, Settings, Stage
 from fmeta.train.stopping import Monitor
 from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
 
-__all__ = ['Diverged', 'Fitted', 'Program', 'Stage', 'fit']
+__all__ = ['Diverged', 'Fitted', 'Phased', 'Program', 'Stage', 'fit']
 
 
 def fit(
@@ -53,19 +53,21 @@ def fit(
   mesh: Mesh | None = None,
   rules: Rules | None = None,
   quiet: bool = False,
-  program: Program | None = None,
+  program: Program | Sequence[Program] | None = None,
 ) -> Fitted:
   """Trains through the stages.
 
   Results depend neither on `steps_per_dispatch` nor on where a run was killed
   and resumed, bit by bit on the same devices. The order at a step is: log,
   evaluate, and at a stage's end restore the best, consolidate and measure;
-  then save. With a workdir, SIGTERM finishes the current dispatch, saves and
-  raises `SystemExit(143)`; of several processes one that hears it stops all,
-  after the same dispatch.
+  then save. A stage with another learner then begins with `fmeta.retune`;
+  every boundary is tried in shapes before the first step. With a workdir,
+  SIGTERM finishes the current dispatch, saves and raises `SystemExit(143)`;
+  of several processes one that hears it stops all, after the same dispatch.
 
   Args:
-    learner: any learner; an outer one trains on episodes.
+    learner: any learner; an outer one trains on episodes. Stages may bring
+      their own, see `Phased`.
     state: from `learner.init`; it is copied, so it stays valid.
     stages: in order.
     rng: typed root key; a resumed run needs the same.
@@ -94,11 +96,13 @@ def fit(
     quiet: no live line.
     program: `Program(learner)` shared by several calls, so that each shape is
       compiled once for all of them; what differs between them (rates, seeds)
-      has to be in the state, see `optim.set_hyper`.
+      has to be in the state, see `optim.set_hyper`. One per learner if the
+      stages bring several.
 
   Raises:
     UsageError: for settings that contradict each other, a used workdir without
-      `resume`, or a checkpoint of something else.
+      `resume`, a checkpoint of something else, or a phase boundary that
+      `fmeta.retune` refuses.
     Diverged: at the first loss or update that is not finite.
   """
   settings = Settings(
@@ -111,12 +115,13 @@ def fit(
     checkpoint_every=checkpoint_every if workdir is not None else 0,
     steps_per_dispatch=steps_per_dispatch,
     log_every=log_every,
+    place_state=lambda state: _placed(state, mesh, rules),
     place_batches=_placer(mesh),
   )
   settings.check(stages)
   with ExitStack() as stack:
     loop = Loop(learner, stages, rng, settings, program)
-    loop.start(_placed(state, mesh, rules))
+    loop.start(state)
     folder = None
     if workdir is not None:
       folder = _make_workdir(pathlib.Path(workdir), resume)

@@ -6,8 +6,9 @@ A checkpoint is a folder `steps/<step>` with
   best    the best trainable leaves and model state so far, {name: array}
 
 and small JSON in its metadata: position, seed, patience, accuracy matrix.
-`frozen/<fingerprint>` holds frozen leaves, once per distinct content. Arrays
-are stored by name, so a checkpoint can be read without the code that made it,
+`frozen/<fingerprint>` describes frozen leaves by their digests and holds those
+that no other such folder has: what phases freeze is written once. Arrays are
+stored by name, so a checkpoint can be read without the code that made it,
 and restored onto any number of devices. Orbax writes into a temporary folder
 and renames it, so a process killed during a save leaves the previous
 checkpoint as the last one.
@@ -17,7 +18,7 @@ Uses `orbax.checkpoint.v1`, the announced API (2026-11).
 
 import hashlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -79,6 +80,18 @@ def require_same(saved: Mapping, wanted: Mapping, where: object) -> None:
       )
 
 
+def _abstract(arrays: Any) -> Any:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    arrays,
+  )
+
+
+def _is_fingerprint(name: str) -> bool:
+  # Beside them may lie what a killed save has left.
+  return len(name) == 64 and set(name) <= set('0123456789abcdef')
+
+
 class Checkpoints:
   """The checkpoints of one run.
 
@@ -138,21 +151,69 @@ class Checkpoints:
       wanted['best'] = by_name(best)
     for item, leaves in wanted.items():
       require_same(metadata[item], leaves, f'checkpoint {self.path(step)}')
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      wanted,
-    )
-    found = self._steps.load_checkpointables(step, abstract)
+    found = self._steps.load_checkpointables(step, _abstract(wanted))
     loaded = like(state, found['state'])
     return loaded, like(best, found['best']) if 'best' in found else None
 
   def save_frozen(self, frozen: Any, of: Mapping[str, str]) -> None:
     """Writes frozen leaves unless they are there; `of` are their digests."""
     folder = self.folder / 'frozen' / fingerprint(of)
-    if of and not folder.exists():
-      self._ocp.save_checkpointables(
-        folder, {'leaves': by_name(frozen)}, custom_metadata=dict(of)
+    if not of or folder.exists():
+      return
+    held = self._held()
+    leaves = by_name(frozen)
+    new = {name: leaves[name] for name in of if (name, of[name]) not in held}
+    # Orbax refuses an item without a leaf.
+    items = {'leaves': new} if new else {'none': {'leaves': 0}}
+    self._ocp.save_checkpointables(folder, items, custom_metadata=dict(of))
+
+  def _held(self) -> dict[tuple[str, str], pathlib.Path]:
+    """(name, digest) -> folder of every frozen leaf that is stored."""
+    held = {}
+    for folder in sorted((self.folder / 'frozen').glob('*')):
+      if not _is_fingerprint(folder.name):
+        continue
+      metadata = self._ocp.checkpointables_metadata(folder)
+      of = metadata.custom_metadata or {}
+      for name in metadata.metadata.get('leaves', {}):
+        held[name, of[name]] = folder
+    return held
+
+  def load_frozen(self, saved: str, target: Any, fixed: Set[str]) -> Any:
+    """Loads frozen leaves of fingerprint `saved` onto those of `target`.
+
+    Args:
+      saved: from the host part of a checkpoint.
+      target: gives structure and shardings.
+      fixed: names that keep the values of `target`.
+    """
+    found = by_name(target)
+    wanted = set(found) - set(fixed)
+    if not wanted:
+      return target
+    folder = self.folder / 'frozen' / saved
+    there = self._ocp.checkpointables_metadata(folder).custom_metadata or {}
+    held, sources = self._held(), {}
+    for name in sorted(wanted):
+      source = held.get((name, there.get(name, '')))
+      if source is None:
+        raise UsageError(
+          f'checkpoint {self.folder} does not hold the frozen {name!r}; use '
+          'the settings it was made with, or another workdir'
+        )
+      sources.setdefault(source, {})[name] = found[name]
+    for source, leaves in sources.items():
+      found |= self._load_leaves(source, leaves)
+    return like(target, found)
+
+  def _load_leaves(self, folder: pathlib.Path, leaves: Named) -> Named:
+    context = self._ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+      loaded = self._ocp.load_checkpointables(
+        folder, {'leaves': _abstract(leaves)}
       )
+    return loaded['leaves']
 
   def require_frozen(self, saved: str, of: Mapping[str, str]) -> None:
     """Refuses other frozen values than those of fingerprint `saved`.

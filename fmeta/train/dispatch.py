@@ -7,16 +7,18 @@ their own, so they are neither copied nor carried.
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fmeta.data import prefetch
 from fmeta.learner import adapt
 from fmeta.train.flops import product_flops
+from fmeta.train.stages import Diverged
 from fmeta.types import Array, Batch, Learner, Params, TrainState
 
 Signature = tuple  # (tree structure, shapes and dtypes) of a batch
@@ -154,3 +156,32 @@ class Program:
         - memory.alias_size_in_bytes
       )
       self.peak_bytes = max(peak, self.peak_bytes or 0)
+
+
+def own(leaves: Any) -> Any:
+  """A copy: `fit` donates it, and a buffer can be donated only once."""
+  return jax.tree.map(lambda x: jnp.array(x, copy=True), strong(leaves))
+
+
+def strong(leaves: Any) -> Any:
+  """Strongly typed arrays, as every step returns them."""
+  return jax.tree.map(
+    lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), leaves
+  )
+
+
+def require_finite(
+  first: int, fetched: Mapping[str, np.ndarray], last_good: Callable[[], str]
+) -> None:
+  """Refuses metrics of the steps after `first` that are not finite.
+
+  Raises:
+    Diverged: naming the step, and where to continue from.
+  """
+  for name in ('loss', 'update_norm'):
+    bad = np.flatnonzero(~np.isfinite(fetched.get(name, np.zeros(1))))
+    if bad.size:
+      raise Diverged(
+        f'{name} is {fetched[name][bad[0]]} at step {first + bad[0] + 1}; '
+        f'{last_good()}; lower the learning rate or clip gradients'
+      )

@@ -7,19 +7,18 @@ after the next one has been started, so the device does not wait for the host.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
-from fmeta.train.dispatch import Program, chunks
+from fmeta.train.boundaries import Boundaries
+from fmeta.train.dispatch import Program, chunks, own, require_finite
 from fmeta.train.log import Live, Metrics, step_record
 from fmeta.train.saver import Saver
-from fmeta.train.stages import Diverged, Fitted, Progress, Settings, Stage
+from fmeta.train.stages import Fitted, Progress, Settings, Stage
 from fmeta.train.stopping import Best
 from fmeta.types import Array, Batch, Learner, Params, TrainState
 
@@ -33,6 +32,7 @@ class Loop:
 
   moving: TrainState
   frozen: Params
+  dormant: Any
   progress: Progress
   metrics: Metrics
   live: Live
@@ -44,11 +44,12 @@ class Loop:
     stages: Sequence[Stage],
     rng: Array,
     settings: Settings,
-    program: Program | None = None,
+    programs: Program | Sequence[Program] | None = None,
   ):
-    self.learner, self.stages, self.rng = learner, stages, rng
-    self.settings = settings
-    self.program = program or Program(learner)
+    self.stages, self.rng, self.settings = stages, rng, settings
+    self.boundaries = Boundaries(
+      learner, stages, rng, programs, settings.place_state
+    )
     self.kept: Any = None  # the best trainable leaves and model state
     self.told_to_stop = False
     self.dispatches = 0
@@ -60,19 +61,30 @@ class Loop:
     self.wait = cpu and jax.device_count() > 1
 
   def start(self, state: TrainState) -> None:
-    """Takes over a state: what moves will be donated."""
-    self.frozen = state.frozen
-    self.moving = dataclasses.replace(state, frozen={})
+    """Takes over a copy of a state."""
+    self.boundaries.check(state)
+    self._take(self.settings.place_state(state))
     self.progress = Progress(int(state.step))
+
+  def _take(self, state: TrainState) -> None:
+    """Makes a state the loop's own: what moves in it will be donated."""
+    self.frozen, self.dormant = state.frozen, state.dormant
+    # Dormant leaves come and go by phase: in a program they would recompile it.
+    self.moving = dataclasses.replace(state, frozen={}, dormant={})
 
   def restore(self) -> None:
     """Continues from the last checkpoint, if there is one."""
     assert self.saver is not None
-    found = self.saver.restore(self.moving, self._leaves())
-    if found is not None:
-      moving, self.kept, progress = found
-      self.moving = moving
-      self.progress = Progress.from_json(progress)
+    found = self.saver.progress()
+    if found is None:
+      return
+    self.progress = Progress.from_json(found)
+    at, given = self.progress.learner, self._state()
+    fixed = self.boundaries.never_moved(given, at)
+    # The structure of that phase; its values come from the checkpoint.
+    self._take(self.boundaries.cross(given, 0, at))
+    state, self.kept = self.saver.restore(self._state(), self._leaves(), fixed)
+    self._take(state)
 
   def terminate(self) -> None:
     """Asks for a save and an end after the current dispatch."""
@@ -89,6 +101,7 @@ class Loop:
       self._run_stage(self.stages[self.progress.stage])
     state = self._state()
     records = self.metrics.records
+    programs = self.boundaries.programs.values()
     return Fitted(
       state=state,
       params=self.learner.params(state),
@@ -100,12 +113,33 @@ class Loop:
       stopped_early=self.progress.stopped_early,
       best_step=self.progress.best.step,
       flops_per_step=self.program.flops_per_step,
-      peak_bytes=self.program.peak_bytes,
-      traces=self.program.traces,
+      peak_bytes=max((p.peak_bytes or 0 for p in programs), default=0) or None,
+      traces=sum(p.traces for p in programs),
     )
+
+  @property
+  def learner(self) -> Learner:
+    """The learner whose state it is."""
+    return self.boundaries.learners[self.progress.learner]
+
+  @property
+  def program(self) -> Program:
+    """The compiled steps of that learner."""
+    return self.boundaries.program(self.progress.learner)
+
+  def _enter(self) -> None:
+    """Takes the state to the learner of the stage that begins."""
+    before, stage = self._state(), self.progress.stage + 1
+    after = self.boundaries.cross(before, self.progress.learner, stage)
+    if after is not before:
+      self._take(after)
+      if self.saver is not None:
+        self.saver.hold(self.frozen)
+    self.progress.learner = stage
 
   def _run_stage(self, stage: Stage) -> None:
     progress = self.progress
+    self._enter()
     if progress.index == 0:
       progress.best, progress.stopped_early = Best(), False
       self.kept = None
@@ -235,7 +269,8 @@ class Loop:
     if self.saver is not None:
       self.metrics.sync()
       progress = dataclasses.asdict(self.progress)
-      self.saver.save(self.progress.step, self.moving, self.kept, progress)
+      state = dataclasses.replace(self.moving, dormant=self.dormant)
+      self.saver.save(self.progress.step, state, self.kept, progress)
 
   def _flush(self) -> None:
     """Fetches, checks and logs the metrics of the last dispatch."""
@@ -244,7 +279,7 @@ class Loop:
     first, device_metrics = self.pending
     self.pending = None
     fetched = jax.device_get(device_metrics)
-    self._require_finite(first, fetched)
+    require_finite(first, fetched, self._last_good)
     stage = self.stages[self.progress.stage].name
     length = len(fetched['loss'])
     last = self.last_step()
@@ -258,15 +293,6 @@ class Loop:
         self.metrics.scalars(step, record)
         self.live.update(record, self._rate(), last=step == last)
 
-  def _require_finite(self, first: int, fetched: Mapping) -> None:
-    for name in ('loss', 'update_norm'):
-      bad = np.flatnonzero(~np.isfinite(fetched.get(name, np.zeros(1))))
-      if bad.size:
-        raise Diverged(
-          f'{name} is {fetched[name][bad[0]]} at step {first + bad[0] + 1}; '
-          f'{self._last_good()}; lower the learning rate or clip gradients'
-        )
-
   def _last_good(self) -> str:
     step = None if self.saver is None else self.saver.last_saved()
     if self.saver is None or step is None:
@@ -274,7 +300,9 @@ class Loop:
     return f'last good checkpoint: {self.saver.path(step)}'
 
   def _state(self) -> TrainState:
-    return dataclasses.replace(self.moving, frozen=self.frozen)
+    return dataclasses.replace(
+      self.moving, frozen=self.frozen, dormant=self.dormant
+    )
 
   def _leaves(self) -> dict[str, Any]:
     return {
@@ -284,15 +312,3 @@ class Loop:
 
   def _rate(self) -> float:
     return self.examples / self.seconds if self.seconds else 0.0
-
-
-def own(leaves: Any) -> Any:
-  """A copy: `fit` donates it, and a buffer can be donated only once."""
-  return jax.tree.map(lambda x: jnp.array(x, copy=True), strong(leaves))
-
-
-def strong(leaves: Any) -> Any:
-  """Strongly typed arrays, as every step returns them."""
-  return jax.tree.map(
-    lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), leaves
-  )

@@ -3,7 +3,7 @@
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ class Saver:
     keep: how many are kept.
     rng: root key; kept out of the state and compared on a resume.
     stages: likewise, by name and length.
-    frozen: the frozen leaves, written once per distinct content.
+    frozen: the frozen leaves of the first phase, see `hold`.
   """
 
   def __init__(
@@ -35,21 +35,22 @@ class Saver:
     frozen: Params,
   ):
     self._checkpoints = Checkpoints(folder, keep)
-    self._frozen, self._digests = frozen, digests(frozen)
     self._saved: int | None = None
     self._identity = {
       'key': np.asarray(jax.random.key_data(rng)).tolist(),
       'stages': [[stage.name, stage.num_steps] for stage in stages],
-      'frozen': fingerprint(self._digests),
     }
+    self.hold(frozen)
 
-  def restore(
-    self, state: TrainState, best: Any
-  ) -> tuple[TrainState, Any, dict] | None:
-    """The last checkpoint as (state, best leaves or None, progress).
+  def hold(self, frozen: Params) -> None:
+    """Takes the frozen leaves of a phase; each distinct one is written once."""
+    self._frozen, self._digests = frozen, digests(frozen)
+
+  def progress(self) -> dict | None:
+    """Where the last checkpoint is, None if there is none.
 
     Raises:
-      UsageError: if it is of another run, model or tuning.
+      UsageError: if it is of another run.
     """
     step = self._checkpoints.latest()
     if step is None:
@@ -62,15 +63,40 @@ class Saver:
           f'checkpoint {where} was made with {what} {host[name]}, now it is '
           f'{self._identity[name]}; resume with the same settings'
         )
-    loaded, kept = self._checkpoints.restore(step, state, best)
-    self._checkpoints.require_frozen(host['frozen'], self._digests)
     self._saved = step
-    return loaded, kept, host['progress']
+    return host['progress']
+
+  def restore(
+    self, state: TrainState, best: Any, fixed: Set[str]
+  ) -> tuple[TrainState, Any]:
+    """The last checkpoint as (state, best leaves or None).
+
+    Args:
+      state: shaped like it, with the caller's values of frozen leaves.
+      best: shaped like its best leaves.
+      fixed: frozen leaves that no phase has moved so far: the caller's values
+        must be the checkpoint's. The others are loaded.
+
+    Raises:
+      UsageError: if it is of another model or tuning.
+    """
+    assert self._saved is not None
+    saved = self._checkpoints.host(self._saved)['frozen']
+    moving = state.replace(frozen={})
+    loaded, kept = self._checkpoints.restore(self._saved, moving, best)
+    frozen = self._checkpoints.load_frozen(saved, state.frozen, fixed)
+    self.hold(frozen)
+    self._checkpoints.require_frozen(saved, self._digests)
+    return loaded.replace(frozen=frozen), kept
 
   def save(self, step: int, state: TrainState, best: Any, progress: dict):
     """Starts a save; the arrays may be donated when it returns."""
     self._checkpoints.save_frozen(self._frozen, self._digests)
-    host = {**self._identity, 'progress': progress}
+    host = {
+      **self._identity,
+      'frozen': fingerprint(self._digests),
+      'progress': progress,
+    }
     self._checkpoints.save(step, state, host, best)
     self._saved = step
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fmeta.errors import UsageError
+from fmeta.phases import Phase
 from fmeta.train.stopping import Best, Monitor
-from fmeta.types import Batch, Forward, Params, TrainState
+from fmeta.types import Batch, Forward, Learner, Params, TrainState, Tuning
 
 
 class Stage(NamedTuple):
-  """A task of a stream; plain training is one stage.
+  """A task of a stream, or a phase of one; plain training is one stage.
 
   Attributes:
     name: appears in the log.
@@ -18,12 +19,69 @@ class Stage(NamedTuple):
     num_steps: at least 1.
     remember: what `learner.end_task` consolidates on; nothing: no
       consolidation.
+    learner: takes this stage's steps; that of `fit` by default. Where it
+      changes, `fmeta.retune` takes the state over.
   """
 
   name: str
   batches: Callable[[int], Batch]
   num_steps: int
   remember: Sequence[Batch] = ()
+  learner: Learner | None = None
+
+
+class Phased:
+  """Phases with a learner each, ready to become the stages of any task.
+
+    phased = train.Phased(
+      fmeta.lp_ft('head/.*', probe_steps=100, full_steps=200),
+      lambda tuning: fmeta.finetune(loss, optimizer, tuning=tuning),
+    )
+    first = phased.learners[0]
+    state = first.init(params, key)
+    fitted = train.fit(first, state, phased.stages('trec', batches), key)
+
+  Args:
+    phases: from `fmeta.phases`, `gradual_unfreezing`, `chain_thaw`, `lp_ft`.
+    learner_of: called once per phase, whatever the number of tasks.
+
+  Attributes:
+    learners: one per phase.
+  """
+
+  def __init__(
+    self, phases: Sequence[Phase], learner_of: Callable[[Tuning], Learner]
+  ):
+    self.phases = tuple(phases)
+    self.learners = tuple(learner_of(phase.tuning) for phase in phases)
+
+  def stages(
+    self,
+    name: str,
+    batches: Callable[[int], Batch],
+    remember: Sequence[Batch] = (),
+  ) -> list[Stage]:
+    """The stages of a task, named `<name>/phase_<k>`.
+
+    Args:
+      name: of the task.
+      batches: `i -> batch`; i counts through all phases of the task.
+      remember: consolidated at the end of the task, not of its phases.
+    """
+    made, first = [], 0
+    for k, (phase, learner) in enumerate(
+      zip(self.phases, self.learners, strict=True)
+    ):
+      made.append(
+        Stage(
+          f'{name}/phase_{k}',
+          lambda i, first=first: batches(first + i),
+          phase.num_steps,
+          learner=learner,
+        )
+      )
+      first += phase.num_steps
+    return [*made[:-1], made[-1]._replace(remember=remember)]
 
 
 class Fitted(NamedTuple):
@@ -42,8 +100,8 @@ class Fitted(NamedTuple):
       tasks), without compilation, evaluations and saves; 0 if no step ran.
     stopped_early: whether patience ended the last stage.
     best_step: step of the last stage's best evaluation.
-    flops_per_step: see `Program`.
-    peak_bytes: see `Program`.
+    flops_per_step: of the last stage, see `Program`.
+    peak_bytes: of the largest program, see there.
     traces: programs compiled.
   """
 
@@ -78,6 +136,7 @@ class Settings:
   checkpoint_every: int
   steps_per_dispatch: int
   log_every: int
+  place_state: Callable[[TrainState], TrainState]
   place_batches: Callable[[Batch], Batch]
 
   def check(self, stages: Sequence[Stage]) -> None:
@@ -111,10 +170,15 @@ class Settings:
 
 @dataclasses.dataclass
 class Progress:
-  """Where the loop is; saved as JSON beside the state."""
+  """Where the loop is; saved as JSON beside the state.
+
+  `learner` numbers the learner whose state it is, see `Boundaries`: at a
+  stage's end still that of the stage.
+  """
 
   step: int
   stage: int = 0
+  learner: int = 0
   index: int = 0
   best: Best = dataclasses.field(default_factory=Best)
   stopped_early: bool = False

@@ -1,0 +1,92 @@
+"""Which learner takes which stage, and how a state crosses between them."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import jax
+
+from fmeta import tree
+from fmeta.errors import UsageError
+from fmeta.retune import retune
+from fmeta.train.dispatch import Program
+from fmeta.train.stages import Stage
+from fmeta.types import Array, Learner, TrainState
+
+# Beside the streams of `fmeta.learner`, folded into the step's key.
+RETUNE = 5
+
+
+class Boundaries:
+  """The learners of a run and what lies between them.
+
+  Learner 0 is the one that made the state, learner k + 1 takes stage k.
+
+  Args:
+    learner: of the state, and of stages without their own.
+    stages: in order.
+    rng: root key of the run.
+    programs: compiled steps to share with other runs.
+    place: puts a state where it shall lie, in buffers of its own.
+
+  Raises:
+    UsageError: if a program is of a learner that no stage has.
+  """
+
+  def __init__(
+    self,
+    learner: Learner,
+    stages: Sequence[Stage],
+    rng: Array,
+    programs: Program | Sequence[Program] | None,
+    place: Callable[[TrainState], TrainState],
+  ):
+    self.learners = [learner, *(stage.learner or learner for stage in stages)]
+    self._rng, self._place = rng, place
+    given = programs or ()
+    given = [given] if isinstance(given, Program) else given
+    # By identity: a learner is equal to none but itself.
+    self.programs = {id(program.learner): program for program in given}
+    strangers = set(self.programs) - {id(each) for each in self.learners}
+    if strangers:
+      raise UsageError(
+        'a program is of another learner than the stages; build it from the '
+        'very learner that fit or a stage is given'
+      )
+
+  def program(self, number: int) -> Program:
+    """The compiled steps of learner `number`, one for equal learners."""
+    learner = self.learners[number]
+    if id(learner) not in self.programs:
+      self.programs[id(learner)] = Program(learner)
+    return self.programs[id(learner)]
+
+  def cross(self, state: TrainState, start: int, stop: int) -> TrainState:
+    """Takes a state of learner `start` to learner `stop`, and places it."""
+    crossed = self._retuned(state, start, stop)
+    return state if crossed is state else self._place(crossed)
+
+  def _retuned(self, state: TrainState, start: int, stop: int) -> TrainState:
+    for old, new in pairwise(self.learners[start : stop + 1]):
+      if old is not new:
+        rng = jax.random.fold_in(self._rng, state.step)
+        state = retune(state, old, new, jax.random.fold_in(rng, RETUNE))
+    return state
+
+  def check(self, state: TrainState) -> None:
+    """Crosses every boundary in shapes only, before anything is trained.
+
+    Raises:
+      UsageError: as `retune`.
+    """
+    last = len(self.learners) - 1
+    jax.eval_shape(lambda start: self._retuned(start, 0, last), state)
+
+  def never_moved(self, state: TrainState, stop: int) -> set[str]:
+    """Names of leaves that are frozen in every learner up to `stop`."""
+    names = set(tree.names(state.frozen))
+    for number in range(stop):
+      state = jax.eval_shape(
+        lambda before, k=number: self._retuned(before, k, k + 1), state
+      )
+      names &= set(tree.names(state.frozen))
+    return names
