@@ -1,5 +1,6 @@
 """Prefix and prompt tuning of our BERT against plain models and numpy."""
 
+import dataclasses
 import re
 
 import jax
@@ -84,7 +85,9 @@ def test_a_prompt_is_words_of_its_own_before_the_row():
     'input_ids': np.concatenate([ids, BATCH['input_ids']], axis=1),
     'attention_mask': padded(BATCH, LENGTH),
   }
-  expected, _ = STATES(with_words_for_prompt(params), {}, plain, None)
+  module = models.BertClassifier(dataclasses.replace(CONFIG, vocab_size=14))
+  forward = models.forward(module, method='hidden_states')
+  expected, _ = jax.jit(forward)(with_words_for_prompt(params), {}, plain, None)
   states, _ = STATES(params, {}, BATCH, None)
   for ours, theirs in zip(states, expected, strict=True):
     assert ours.shape == (2, LENGTH + 4, 8)
@@ -100,7 +103,8 @@ def test_a_prompt_is_not_pooled(pooling):
   else:
     pooled = last[:, 0]
   module = models.BertClassifier(CONFIG, 3, pooling)
-  embedded, _ = models.forward(module, method='embed')(params, {}, BATCH, None)
+  embed = jax.jit(models.forward(module, method='embed'))
+  embedded, _ = embed(params, {}, BATCH, None)
   np.testing.assert_allclose(embedded, pooled, rtol=1e-5, atol=1e-6)
 
 
@@ -109,11 +113,15 @@ def test_a_prompt_is_of_the_first_segment():
     MODULE, (*models.TEXT, 'segments'), method='hidden_states', last_layer=0
   )
   params = grown(PROMPT)
-  of = lambda kind: forward(
-    params, {}, {**BATCH, 'segments': np.full((2, 4), kind)}, None
-  )[0][0]
-  np.testing.assert_array_equal(of(0)[:, :LENGTH], of(1)[:, :LENGTH])
-  assert np.abs(of(0)[:, LENGTH:] - of(1)[:, LENGTH:]).min() > 0
+
+  @jax.jit
+  def embedded(kind):
+    batch = {**BATCH, 'segments': jnp.full((2, 4), kind)}
+    return forward(params, {}, batch, None)[0][0]
+
+  first, second = embedded(0), embedded(1)
+  np.testing.assert_array_equal(first[:, :LENGTH], second[:, :LENGTH])
+  assert np.abs(first[:, LENGTH:] - second[:, LENGTH:]).min() > 0
 
 
 @pytest.mark.parametrize('what', [PREFIX, PROMPT], ids=['prefix', 'prompt'])
@@ -215,13 +223,13 @@ def test_a_fresh_prefix_is_made_of_projected_vectors():
 @pytest.mark.parametrize('what', [PREFIX, PROMPT], ids=['prefix', 'prompt'])
 def test_a_cached_start_continues_to_the_same_logits(what):
   params = grown(what)
-  start = models.forward(MODULE, method='prefix', first_layer=1)
+  start = jax.jit(models.forward(MODULE, method='prefix', first_layer=1))
   hidden, _ = start(params, {}, BATCH, None)
   rest = models.forward(
     MODULE, ('hidden', 'attention_mask'), method='resume', first_layer=1
   )
   np.testing.assert_allclose(
-    rest(params, {}, {**BATCH, 'hidden': hidden}, None)[0],
+    jax.jit(rest)(params, {}, {**BATCH, 'hidden': hidden}, None)[0],
     FORWARD(params, {}, BATCH, None)[0],
     rtol=1e-5,
     atol=1e-6,
