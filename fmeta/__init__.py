@@ -1,6 +1,19 @@
 """fmeta: fine-tuning is the step, meta-learning a loss, continual a stream."""
 
-from fmeta.adapters import lora, lora_init, lora_merged
+from fmeta.adapters import (
+  bitfit,
+  bottleneck,
+  entering,
+  ia3,
+  lora,
+  lora_init,
+  lora_merged,
+  norm_tuning,
+  prefix,
+  prompt,
+  reinitialise,
+  subspace,
+)
 from fmeta.errors import UsageError
 from fmeta.gradients import accumulate, first_order, plain
 from fmeta.learner import adapt, append, beside, finetune, rehearse
@@ -34,24 +47,33 @@ __all__ = (
   'adapt',
   'append',
   'beside',
+  'bitfit',
+  'bottleneck',
+  'entering',
   'episode_loss',
   'ewc',
   'finetune',
   'first_order',
   'full',
+  'ia3',
   'in_chunks',
   'l2_sp',
   'lora',
   'lora_init',
   'lora_merged',
   'no_penalty',
+  'norm_tuning',
   'plain',
   'predict_episodes',
   'rehearse',
+  'prefix',
+  'prompt',
+  'reinitialise',
   'reptile_loss',
   'reservoir',
   'select',
   'softmax_cross_entropy',
   'squared_error',
+  'subspace',
   'supervised',
 )

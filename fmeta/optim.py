@@ -16,8 +16,9 @@ from fmeta.types import Scalar, TrainState
 Rate = Scalar | optax.Schedule
 
 # Decoupled decay on kernels and embeddings only, as in the BERT code
-# (Devlin et al. 2018); a LoRA factor decays like its kernel.
-DECAY = ((r'(.*/)?(bias|scale)', 0.0), ('.*', 1.0))
+# (Devlin et al. 2018); a LoRA factor decays like its kernel, but no bias or
+# scale of an adapter (`kernel.ia3_scale`) does.
+DECAY = ((r'(.*[/._])?(bias|scale)', 0.0), ('.*', 1.0))
 EVERYWHERE = (('.*', 1.0),)
 
 

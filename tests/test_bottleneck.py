@@ -7,7 +7,16 @@ import pytest
 import scipy.special
 import toys
 
-from fmeta import adapters, losses, models, optim, pretrained, tree, tuning
+from fmeta import (
+  adapters,
+  losses,
+  models,
+  optim,
+  penalty,
+  pretrained,
+  tree,
+  tuning,
+)
 from fmeta.errors import UsageError
 from fmeta.learner import finetune
 
@@ -89,6 +98,26 @@ def test_adapters_and_head_move_and_nothing_else(trained):
   for name in tree.names(start.trainable):
     before, after = (tree.get(s.trainable, name) for s in (start, trained))
     assert np.any(before != after), name
+
+
+def test_a_penalty_sees_the_adapters_own_leaves(trained):
+  moving = penalty.moving_leaves(trained.trainable, LEARNER.params(trained))
+  jax.tree.map(np.testing.assert_array_equal, moving, trained.trainable)
+
+
+def test_by_default_no_bias_or_scale_of_an_adapter_decays():
+  params = adapters.ia3_init(PARAMS, ('head/kernel',), ('head/kernel',))
+  params = adapters.bottleneck_init(params, KEY, ('head/kernel',), 2)
+  params = adapters.subspace_init(params, 2, 1)
+  decays = tree.match(params, optim.DECAY)
+  assert [name for name in tree.names(params) if tree.get(decays, name)] == [
+    'body/layer_0/kernel',
+    'body/layer_1/kernel',
+    'head/kernel',
+    'head/kernel.adapter_down',
+    'head/kernel.adapter_up',
+    'subspace.direction',
+  ]
 
 
 def test_a_frozen_adapter_still_runs(trained):

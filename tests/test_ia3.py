@@ -33,8 +33,8 @@ def through_activations(trainable, frozen, tuning=IA3, forward=FORWARD):
 
 def by_hand(trainable, frozen):
   body, head = frozen['body'], frozen['head']
-  scale_out = trainable['body']['layer_0']['kernel.ia3_out'][None]
-  scale_in = trainable['body']['layer_1']['kernel.ia3_in'][None]
+  scale_out = trainable['body']['layer_0']['kernel.ia3_scale'][None]
+  scale_in = trainable['body']['layer_1']['kernel.ia3_input_scale'][None]
   row = lambda layer: layer['bias'][None]
   first, second = body['layer_0'], body['layer_1']
   hidden = scale_out * (BATCH['x'] @ first['kernel'] + row(first))
@@ -45,7 +45,10 @@ def by_hand(trainable, frozen):
 
 def test_only_vectors_of_ones_are_added_and_they_change_nothing():
   trainable, frozen = IA3.init(PARAMS, KEY)
-  assert tree.names(trainable) == [f'{OUT}.ia3_out', f'{INTO}.ia3_in']
+  assert tree.names(trainable) == [
+    f'{OUT}.ia3_scale',
+    f'{INTO}.ia3_input_scale',
+  ]
   assert tree.size(trainable) == 5 + 5
   jax.tree.map(np.testing.assert_array_equal, frozen, PARAMS)
   np.testing.assert_array_equal(
@@ -89,9 +92,13 @@ def test_a_scaled_convolution_merges_with_its_bias():
   params['bias'] = jnp.arange(4.0)
   tuning = adapters.ia3('kernel', inputs=('kernel',), also=('bias',))
   trainable, frozen = tuning.init(params, KEY)
-  assert sorted(trainable) == ['bias', 'kernel.ia3_in', 'kernel.ia3_out']
-  trainable['kernel.ia3_out'] = jnp.array([0.5, 2.0, 1.0, 3.0])
-  trainable['kernel.ia3_in'] = jnp.array([2.0, 0.0, 1.0])
+  assert sorted(trainable) == [
+    'bias',
+    'kernel.ia3_input_scale',
+    'kernel.ia3_scale',
+  ]
+  trainable['kernel.ia3_scale'] = jnp.array([0.5, 2.0, 1.0, 3.0])
+  trainable['kernel.ia3_input_scale'] = jnp.array([2.0, 0.0, 1.0])
   with tuning.intercept(trainable, frozen) as base:
     entered = module.apply({'params': base}, inputs=image)
   scale = jnp.array([2.0, 0.0, 1.0]).reshape(1, 1, 1, 3)
@@ -154,10 +161,10 @@ def test_scanned_layers_are_refused(make):
 
 def test_scalings_of_an_outer_loop_are_used_and_must_fit():
   grown = adapters.ia3_init(PARAMS, (OUT,), (INTO,))
-  grown['body']['layer_0']['kernel.ia3_out'] = jnp.full(5, 2.0)
+  grown['body']['layer_0']['kernel.ia3_scale'] = jnp.full(5, 2.0)
   trainable, _ = IA3.init(grown, KEY)
   np.testing.assert_array_equal(
-    trainable['body']['layer_0']['kernel.ia3_out'], 2.0
+    trainable['body']['layer_0']['kernel.ia3_scale'], 2.0
   )
   with pytest.raises(UsageError, match='same patterns and sizes'):
     adapters.ia3(OUT).init(grown, KEY)

@@ -1,6 +1,7 @@
 """(IA)^3: learned scalings of activations.
 
-A scaling is a leaf beside its kernel, `kernel.ia3_out` or `kernel.ia3_in`.
+A scaling is a leaf beside its kernel: `kernel.ia3_scale` of its outputs,
+`kernel.ia3_input_scale` of its inputs.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from fmeta.errors import UsageError
 from fmeta.tuning import keep_under
 from fmeta.types import Array, Params, Tuning
 
-OUT, IN = '.ia3_out', '.ia3_in'
+OUT, IN = '.ia3_scale', '.ia3_input_scale'
 SUFFIXES = (OUT, IN)
 
 
@@ -27,8 +28,8 @@ def ia3_init(
   Args:
     params: full parameters; matching kernels are [..., in, out].
     patterns: full-match regular expressions of kernels whose outputs are
-      scaled, by `kernel.ia3_out` [out].
-    inputs: the same for inputs, by `kernel.ia3_in` [in].
+      scaled, by `kernel.ia3_scale` [out].
+    inputs: the same for inputs, by `kernel.ia3_input_scale` [in].
 
   Raises:
     UsageError: if a pattern matches nothing or a leaf is no kernel.
@@ -130,7 +131,8 @@ def ia3(
 
   No full-size weight gradient is formed. A scaled output of a dense layer or
   convolution is a dense layer or convolution, so `merge` is exact: columns of
-  the kernel and the bias are multiplied by `ia3_out`, rows by `ia3_in`.
+  the kernel and the bias are multiplied by `ia3_scale`, the kernel's rows by
+  `ia3_input_scale`.
 
   Args:
     *patterns: full-match regular expressions of kernels whose outputs are
