@@ -9,11 +9,13 @@ import toys
 
 from fmeta import (
   adapters,
+  data,
   losses,
   models,
   optim,
   penalty,
   pretrained,
+  train,
   tree,
   tuning,
 )
@@ -130,6 +132,28 @@ def test_a_frozen_adapter_still_runs(trained):
     aux.outputs, by_hand(params, BATCH['x']), rtol=1e-5, atol=1e-6
   )
   assert set(state.trainable) == {'head'}
+
+
+def test_fit_evaluates_and_returns_the_adapted_model():
+  batches = data.batches(dict(BATCH), batch_size=8, seed=0)
+  seen = []
+
+  def watch(params, model_state):
+    seen.append(FORWARD(params, model_state, BATCH, None)[0])
+    return {'mean': float(seen[-1].mean())}
+
+  fitted = train.fit(
+    LEARNER,
+    LEARNER.init(PARAMS, KEY),
+    [train.Stage('plain', batches, 2)],
+    KEY,
+    evaluate=watch,
+    forward=FORWARD,
+  )
+  np.testing.assert_allclose(
+    seen[-1], by_hand(fitted.params, BATCH['x']), rtol=1e-5, atol=1e-6
+  )
+  assert np.any(fitted.params['body']['layer_0']['kernel.adapter_up'])
 
 
 def test_a_forward_that_would_drop_the_adapters_is_refused():

@@ -254,7 +254,7 @@ def test_dropout_drops_attention_to_the_prefix_and_keeps_its_mean():
   module = Attention(models.BertConfig(hidden_size=4, num_heads=2))
   hidden, bias = jnp.zeros((1, 1, 4)), jnp.zeros((1, 1, 1, 1))
   masks = Masks(jnp.ones((1, 2, 1, 1), bool), None)
-  params = module.init(KEY, hidden, bias, Masks(None, None))['params']
+  params = jax.jit(module.init)(KEY, hidden, bias, Masks(None, None))['params']
   # Zero queries weigh all 4,000 pairs alike, and all their values are one.
   long = {part: {'kernel.prefix': jnp.ones((4000, 4))} for part in PARTS}
   seen = []
@@ -266,11 +266,13 @@ def test_dropout_drops_attention_to_the_prefix_and_keeps_its_mean():
 
   def run(params, *_):
     variables, rngs = {'params': params}, {'dropout': KEY}
-    return module.apply(variables, hidden, bias, masks, rngs=rngs), {}
+    with nn.intercept_methods(watch):
+      module.apply(variables, hidden, bias, masks, rngs=rngs)
+    return seen.pop(), {}
 
-  with nn.intercept_methods(watch):
-    adapters.entering(run)(tree.combine(params, long), {}, {}, None)
-  ones = np.asarray(seen[0])
+  ones, _ = jax.jit(adapters.entering(run))(
+    tree.combine(params, long), {}, {}, None
+  )
   # Kept with probability .9 and divided by it: deviation .0053.
   assert 0 < np.abs(ones - 1).min() and np.abs(ones - 1).max() < 0.03
 

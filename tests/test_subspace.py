@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toys
 
-from fmeta import adapters, losses, optim, penalty, tree
+from fmeta import adapters, optim, penalty, tree
 from fmeta.errors import UsageError
 from fmeta.learner import finetune
 
@@ -142,21 +142,40 @@ def test_another_seed_is_another_subspace_and_may_be_traced():
 
 
 def test_statistics_move_with_a_norm_that_moves_in_the_subspace():
+  leaf = {'scale': np.ones(3, np.float32)}
+  params = {'body': {'norm': leaf}, 'head': {'kernel': np.ones((3, 2))}}
+  old, new = ({'batch_stats': {'body': {'norm': {'mean': k}}}} for k in (0, 1))
+
+  def kept(pattern):
+    tuning = adapters.subspace(pattern, dim=2)
+    split = jax.eval_shape(tuning.init, params, KEY)
+    return tuning.keep(old, new, *split)
+
+  assert kept('body/norm/.*') == new
+  assert kept('head/.*') == old
+
+
+def test_a_norm_that_moves_in_the_subspace_reads_the_batch():
   module = toys.NormNet()
   params, model_state = toys.init_of(module)
-  loss_fn = losses.supervised(
-    toys.forward_of(module), losses.softmax_cross_entropy
-  )
+  model_state = jax.tree.map(lambda x: x + 2.0, model_state)
+  forward = toys.forward_of(module)
 
-  def moved(pattern):
-    tuning = adapters.subspace(pattern, dim=2)
-    learner = finetune(loss_fn, optim.sgd(0.1), tuning=tuning)
-    state = learner.init(params, KEY, model_state)
-    after = jax.jit(learner.step)(state, BATCH, KEY)[0].model_state
-    mean = lambda s: s['batch_stats']['body']['norm']['mean']
-    return bool(np.any(mean(after) != mean(model_state)))
+  @jax.jit
+  def outputs(params):
+    def entered(pattern):
+      tuning = adapters.subspace(pattern, dim=2)
+      with tuning.intercept(*tuning.init(params, KEY)) as moved:
+        return forward(moved, model_state, BATCH, KEY)[0]
 
-  assert moved('body/norm/.*') and not moved('head/.*')
+    trained, _ = forward(params, model_state, BATCH, KEY)
+    evaluated, _ = forward(params, model_state, BATCH, None)
+    return entered('body/norm/.*'), trained, entered('head/.*'), evaluated
+
+  moving, trained, still, evaluated = outputs(params)
+  np.testing.assert_allclose(moving, trained, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(still, evaluated, rtol=1e-5, atol=1e-6)
+  assert np.abs(trained - evaluated).max() > 0.1
 
 
 def test_bad_requests_are_refused():

@@ -120,7 +120,8 @@ def bottleneck(
 
   Args:
     *patterns: full-match regular expressions, one leaf of each layer.
-    width: of the bottleneck; 64 is the best single size in their section 3.2.
+    width: of the bottleneck; 64 is their one size for all of GLUE (section
+      3.2).
     also: patterns of ordinary parameters that move too.
 
   Raises:

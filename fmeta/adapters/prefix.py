@@ -113,8 +113,7 @@ def prefix(
   Args:
     *patterns: full-match regular expressions of the kernels of keys and
       values.
-    length: of the prefix; 20, of the 5 to 30 that suffice for classification
-      in the second paper (section 3.2: below 20 for simple tasks). Untuned.
+    length: of the prefix; 20 is untuned.
     also: patterns of ordinary parameters that move too, such as a new head.
 
   Raises:

@@ -23,13 +23,11 @@ def owners(params: Params, patterns: Sequence[str]) -> list[str]:
   Raises:
     UsageError: if a pattern matches nothing.
   """
-  leaf_names = tree.names(params)
-  tree.check_patterns(patterns, leaf_names)
+  ordinary = [name for name in tree.names(params) if not is_sibling(name)]
+  tree.check_patterns(patterns, ordinary)
   pairs = [(pattern, None) for pattern in patterns]
   return [
-    name
-    for name in leaf_names
-    if tree.first_match(name, pairs) is not None and not is_sibling(name)
+    name for name in ordinary if tree.first_match(name, pairs) is not None
   ]
 
 
