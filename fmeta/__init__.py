@@ -1,6 +1,19 @@
 """fmeta: fine-tuning is the step, meta-learning a loss, continual a stream."""
 
-from fmeta.adapters import lora, lora_init, lora_merged
+from fmeta.adapters import (
+  bitfit,
+  bottleneck,
+  entering,
+  ia3,
+  lora,
+  lora_init,
+  lora_merged,
+  norm_tuning,
+  prefix,
+  prompt,
+  reinitialise,
+  subspace,
+)
 from fmeta.errors import UsageError
 from fmeta.gradients import accumulate, first_order, plain
 from fmeta.learner import adapt, append, beside, finetune, rehearse
@@ -40,12 +53,16 @@ __all__ = (
   'append',
   'beside',
   'chain_thaw',
+  'bitfit',
+  'bottleneck',
+  'entering',
   'episode_loss',
   'ewc',
   'finetune',
   'first_order',
   'full',
   'gradual_unfreezing',
+  'ia3',
   'in_chunks',
   'l2_sp',
   'lora',
@@ -55,14 +72,19 @@ __all__ = (
   'no_penalty',
   'per_leaf',
   'phases',
+  'norm_tuning',
   'plain',
   'predict_episodes',
+  'prefix',
+  'prompt',
   'rehearse',
+  'reinitialise',
   'reptile_loss',
   'reservoir',
   'retune',
   'select',
   'softmax_cross_entropy',
   'squared_error',
+  'subspace',
   'supervised',
 )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
+from fmeta.errors import UsageError
 from fmeta.fisher import exact_fisher
 from fmeta.types import Array, Params, Penalty, Scalar
 
@@ -30,12 +31,22 @@ def no_penalty() -> Penalty:
 
 
 def moving_leaves(trainable: Params, params: Params) -> Params:
-  """The merged values of the full parameters that the trainable leaves move."""
+  """The merged values of the full parameters that the trainable leaves move.
+
+  Raises:
+    UsageError: for a leaf that belongs to no single parameter.
+  """
   known = set(tree.names(params))
   moved = set()
   for name in tree.names(trainable):
     # What is no parameter is a factor: `<kernel>.<suffix>`.
-    moved.add(name if name in known else name.rpartition('.')[0])
+    owner = name if name in known else name.rpartition('.')[0]
+    if owner not in known:
+      raise UsageError(
+        f'{name!r} moves many parameters at once, so a penalty cannot tell '
+        "which; decay it by the optimiser's weight decay instead"
+      )
+    moved.add(owner)
   return tree.partition(params, moved.__contains__)[0]
 
 

@@ -60,7 +60,8 @@ class Tuning(NamedTuple):
   Attributes:
     init: `(params, rng) -> (trainable, frozen)`; both are nested dicts with
       the names of the full parameters. It may add leaves (LoRA factors).
-    merge: `(trainable, frozen) -> params`, the exported model.
+    merge: `(trainable, frozen) -> params`, the model as a `Forward` takes
+      it; leaves that no parameter of the base can express (a prompt) stay.
     keep: `(old, new, trainable, frozen) -> model_state`: statistics move only
       under a trainable module.
     intercept: `(trainable, frozen) -> context manager` that yields the

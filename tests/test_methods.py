@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import toys
 
-from fmeta import adapters, gradients, losses, memory, optim, penalty, tuning
+from fmeta import (
+  adapters,
+  gradients,
+  losses,
+  memory,
+  models,
+  optim,
+  penalty,
+  tree,
+  tuning,
+)
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.meta import episode_loss, reptile_loss
 from fmeta.per_leaf import adamw_per_leaf
@@ -22,6 +32,16 @@ CLIPPED = optim.adamw(0.01)
 SGD = optim.sgd(0.1)
 SURGERY = tuning.select('body/layer_1/.*', 'head/.*')
 LORA = adapters.lora(MATRICES, rank=2, also=('head/.*',))
+ADAPTED = 'body/layer_0/kernel'
+IA3 = adapters.ia3(ADAPTED, inputs=('head/kernel',))
+BOTTLENECK = adapters.bottleneck(ADAPTED, width=2, also=('head/.*',))
+SUBSPACE = adapters.subspace(
+  MATRICES, dim=4, groups=('.*/layer_0/.*', '.*'), also=('head/.*',)
+)
+# What runs adapters by itself; `models.forward` does.
+ENTERING = losses.supervised(
+  adapters.entering(FORWARD), losses.softmax_cross_entropy
+)
 # What a gradient with respect to it needs: no zero square root.
 SMOOTH = optim.adamw(0.01, eps_root=1e-8)
 
@@ -43,6 +63,9 @@ ROWS = {
   'lora_merged': finetune(
     LOSS, CLIPPED, tuning=adapters.lora_merged(MATRICES, rank=2)
   ),
+  'ia3': finetune(LOSS, SGD, tuning=IA3),
+  'bottleneck': finetune(ENTERING, SGD, tuning=BOTTLENECK),
+  'subspace': finetune(LOSS, SGD, tuning=SUBSPACE),
   'l2_sp': finetune(LOSS, CLIPPED, penalty=penalty.l2_sp(0.1)),
   'ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
   'first_order': finetune(LOSS, SGD, value_and_grad=gradients.first_order()),
@@ -68,6 +91,30 @@ META_ROWS = {
 }
 
 
+BERT = models.BertClassifier(
+  models.BertConfig(
+    vocab_size=6,
+    hidden_size=4,
+    num_layers=1,
+    num_heads=2,
+    intermediate_size=4,
+    max_positions=8,
+    dropout=0.0,
+    attention_dropout=0.0,
+  ),
+  num_classes=3,
+)
+TEXT = {
+  'input_ids': jnp.arange(12).reshape(4, 3) % 6,
+  'attention_mask': jnp.asarray([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]),
+  'label': jnp.asarray([0, 1, 2, 0]),
+}
+OF_TEXT = losses.supervised(models.forward(BERT), losses.softmax_cross_entropy)
+KEYS_AND_VALUES = 'body/layer_0/attention/(key|value)/kernel'
+PREFIX = adapters.prefix(KEYS_AND_VALUES, length=2, also=('head/.*',))
+PROMPT = adapters.prompt(length=2)
+
+
 def mesh():
   return jax.make_mesh(
     (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
@@ -78,6 +125,68 @@ def mesh():
 def test_learner_conforms(name):
   on = mesh() if name in ON_A_MESH else None
   check_learner(ROWS[name], PARAMS, BATCH, mesh=on)
+
+
+def test_prefix_tuning_of_bert_conforms():
+  params, _ = models.init(BERT, jax.random.key(0), TEXT)
+  check_learner(finetune(OF_TEXT, SGD, tuning=PREFIX), params, TEXT)
+
+
+def grown(params):
+  """Outer parameters that own what the tunings below train."""
+  random = np.random.default_rng(0)
+  away = lambda x: x + 0.3 * random.normal(size=x.shape).astype(x.dtype)
+  return jax.tree.map(away, params)
+
+
+BORN_ROWS = {
+  'ia3': (
+    finetune(LOSS, SGD, tuning=IA3),
+    LOSS,
+    adapters.ia3_init(PARAMS, (ADAPTED,), ('head/kernel',)),
+  ),
+  'bottleneck': (
+    finetune(ENTERING, SGD, tuning=BOTTLENECK),
+    ENTERING,
+    adapters.bottleneck_init(PARAMS, jax.random.key(1), (ADAPTED,), 2),
+  ),
+  'subspace': (
+    finetune(LOSS, SGD, tuning=SUBSPACE),
+    LOSS,
+    adapters.subspace_init(PARAMS, 4, 2),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', BORN_ROWS)
+def test_meta_gradient_of_leaves_an_outer_loop_owns_is_exact(name):
+  from fmeta.testing import check_meta_gradient
+
+  learner, loss_fn, params = BORN_ROWS[name]
+  grads = check_meta_gradient(
+    learner, grown(params), BATCH, loss_fn, num_steps=1
+  )
+  assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
+
+
+def test_meta_gradient_of_a_prompt_on_a_prefix_is_exact(x64):
+  from fmeta.testing import check_gradient
+
+  key = jax.random.key(0)
+  params, _ = models.init(BERT, key, TEXT)
+  params = adapters.prefix_init(params, key, (KEYS_AND_VALUES,), 2)
+  params = toys.double(adapters.prompt_init(params, key, '.*/word/.*', 2))
+  added, base = tree.partition(params, lambda name: '.' in name)
+  learner = finetune(OF_TEXT, SGD, tuning=PROMPT)
+
+  def objective(added):
+    state = learner.init(tree.combine(grown(base), added), key)
+    state, _ = learner.step(state, TEXT, key)
+    with learner.using(state) as adapted:
+      return OF_TEXT(adapted, {}, TEXT, None)[0]
+
+  grads = check_gradient(objective, grown(added))
+  assert len(tree.names(grads)) == 3
 
 
 @pytest.mark.parametrize('name', META_ROWS)

@@ -6,14 +6,38 @@ layer therefore also holds for its factors. This is the only folder of the
 core that knows flax.linen, and it imports it when first needed.
 """
 
+from fmeta.adapters.bitfit import bitfit, norm_tuning
+from fmeta.adapters.bottleneck import bottleneck, bottleneck_init
+from fmeta.adapters.entering import entering
+from fmeta.adapters.entry import check_exportable
+from fmeta.adapters.ia3 import ia3, ia3_init
 from fmeta.adapters.lora import lora, lora_init, lora_merged
 from fmeta.adapters.names import kernel_name
 from fmeta.adapters.norms import running_statistics
+from fmeta.adapters.prefix import prefix, prefix_init
+from fmeta.adapters.prompt import prompt, prompt_init
+from fmeta.adapters.reinitialise import reinitialise
+from fmeta.adapters.subspace import subspace, subspace_init
 
 __all__ = [
+  'bitfit',
+  'bottleneck',
+  'bottleneck_init',
+  'check_exportable',
+  'entering',
+  'ia3',
+  'ia3_init',
   'kernel_name',
   'lora',
   'lora_init',
   'lora_merged',
+  'norm_tuning',
+  'prefix',
+  'prefix_init',
+  'prompt',
+  'prompt_init',
+  'reinitialise',
   'running_statistics',
+  'subspace',
+  'subspace_init',
 ]

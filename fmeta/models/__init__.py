@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from fmeta.adapters import entering
 from fmeta.errors import UsageError
 from fmeta.models.bert import BertClassifier
 from fmeta.models.bert_layers import BertConfig
@@ -56,7 +57,8 @@ def forward(
 
   With `rng=None` the module runs deterministically and its state is returned
   unchanged; with a key dropout draws from it and the collections in
-  `model_state` (batch statistics) come back updated.
+  `model_state` (batch statistics) come back updated. Adapters among the
+  parameters (bottlenecks, prefixes, prompts) run with the module.
 
   Args:
     module: takes the arrays in the order of `inputs` and `deterministic=`.
@@ -89,7 +91,7 @@ def forward(
     )
     return outputs, {**model_state, **changed}
 
-  return run
+  return entering(run)
 
 
 def init(

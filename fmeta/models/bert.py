@@ -42,10 +42,17 @@ class Body(nn.Module):
   def embed(
     self, input_ids: Array, token_type_ids: Array | None, deterministic: bool
   ) -> Array:
-    """[B, L] -> [B, L, H], the state before layer 0."""
-    shape = (*input_ids.shape, self.config.hidden_size)
+    """[B, L] -> [B, P + L, H], the state before layer 0 (see `prompt`)."""
+    rows, length = input_ids.shape
+    shape = (rows, self.prompt_length() + length, self.config.hidden_size)
     mask = self._mask(self.config.dropout, shape, deterministic)
-    return self.embeddings(input_ids, token_type_ids, mask)
+    prompt = self.embeddings.prompt()
+    return self.embeddings(input_ids, token_type_ids, prompt, mask)
+
+  def prompt_length(self) -> int:
+    """How many states stand before those of a row's own tokens."""
+    prompt = self.embeddings.prompt()
+    return 0 if prompt is None else len(prompt)
 
   def layers(
     self,
@@ -56,7 +63,10 @@ class Body(nn.Module):
     deterministic: bool,
   ) -> list[Array]:
     """States before layer `first` and after each one up to `last - 1`."""
-    bias, states = additive_mask(attention_mask), [hidden]
+    # A prompt is never padding.
+    before = ((0, 0), (self.prompt_length(), 0))
+    seen = jnp.pad(attention_mask, before, constant_values=1)
+    bias, states = additive_mask(seen), [hidden]
     if first == last:  # No layer, no mask to draw.
       return states
     masks = self._masks(hidden.shape, last - first, deterministic)
@@ -204,7 +214,9 @@ class BertClassifier(nn.Module):
       self.config.num_layers,
       deterministic,
     )
-    return pool(states[-1], attention_mask, self.pooling)
+    # A prompt has no share in the pooled vector.
+    own = states[-1][:, self.body.prompt_length() :]
+    return pool(own, attention_mask, self.pooling)
 
   def _check_layer(self, layer: int):
     if not 0 <= layer <= self.config.num_layers:

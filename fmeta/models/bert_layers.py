@@ -3,6 +3,10 @@
 https://arxiv.org/abs/1810.04805. Every projection is a plain `nn.Dense` with
 a [in, out] kernel, so that an adapter can step into each of them. Dropout
 masks are arguments: `Body` draws them for all layers at once.
+
+Three methods are hooks, which do nothing until `nn.intercept_methods` answers
+for them (`fmeta.adapters.prefix`, `fmeta.adapters.prompt`):
+`Embeddings.prompt`, `Embeddings.first_position` and `Attention.past`.
 """
 
 import dataclasses
@@ -13,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fmeta.errors import UsageError
-from fmeta.models.dropout import drop
+from fmeta.models.dropout import drop, keep
 from fmeta.types import Array
 
 
@@ -121,33 +125,64 @@ class Embeddings(nn.Module):
 
   config: BertConfig
 
+  def prompt(self) -> Array | None:
+    """A hook: embeddings [P, H] put before every row; none by default."""
+    return None
+
+  def first_position(self) -> int:
+    """A hook: the position of a row's first embedding; 0 by default."""
+    return 0
+
   @nn.compact
   def __call__(
-    self, input_ids: Array, token_type_ids: Array | None, mask: Array | None
+    self,
+    input_ids: Array,
+    token_type_ids: Array | None,
+    prompt: Array | None,
+    mask: Array | None,
   ) -> Array:
-    """[B, L] -> [B, L, H]; `mask` is dropout's, of that shape."""
-    config, length = self.config, input_ids.shape[1]
-    if length > config.max_positions:
-      raise UsageError(
-        f'{length} tokens in a row, but the model has positions for '
-        f'{config.max_positions}; cut the texts when encoding them'
-      )
+    """[B, L] -> [B, P + L, H]; `mask` is dropout's, of that shape."""
+    config = self.config
     word = embed(config, config.vocab_size, 'word')(input_ids)
+    if prompt is not None:
+      word, token_type_ids = _prompted(prompt, word, token_type_ids)
+    first, length = self.first_position(), word.shape[1]
+    if first + length > config.max_positions:
+      before = first + length - input_ids.shape[1]
+      raise UsageError(
+        f'{input_ids.shape[1]} tokens in a row'
+        + (f' after a prompt or prefix of {before}' if before else '')
+        + f', but the model has positions for {config.max_positions}; cut the '
+        'texts when encoding them'
+      )
     position = embed(config, config.max_positions, 'position').embedding
     segment = embed(config, config.type_vocab_size, 'type')
     if token_type_ids is None:
       segments = segment.embedding[None, :1]
     else:
       segments = segment(token_type_ids)
-    hidden = word + position[None, :length] + segments
+    hidden = word + position[None, first : first + length] + segments
     hidden = norm(config, 'norm')(hidden)
     return drop(hidden, mask, config.dropout)
+
+
+def _prompted(prompt, word, token_type_ids):
+  """Puts a prompt, of segment 0, before the words of every row."""
+  shape = (word.shape[0], *prompt.shape)
+  rows = jnp.broadcast_to(prompt[None].astype(word.dtype), shape)
+  if token_type_ids is not None:
+    token_type_ids = jnp.pad(token_type_ids, ((0, 0), (len(prompt), 0)))
+  return jnp.concatenate([rows, word], axis=1), token_type_ids
 
 
 class Attention(nn.Module):
   """Self-attention, residual, norm."""
 
   config: BertConfig
+
+  def past(self) -> tuple[Array, Array] | None:
+    """A hook: keys and values [P, H] that every row sees before its own."""
+    return None
 
   @nn.compact
   def __call__(self, hidden: Array, bias: Array, masks: Masks) -> Array:
@@ -158,14 +193,35 @@ class Attention(nn.Module):
     def project(name):
       return dense(config, config.hidden_size, name)(hidden).reshape(split)
 
-    weights = attend(project('query'), project('key'), bias)
-    weights = drop(weights, masks.attention, config.attention_dropout)
-    mixed = jnp.einsum('bhlm,bmhd->blhd', weights, project('value'))
+    query, key, value = project('query'), project('key'), project('value')
+    mask, past = masks.attention, self.past()
+    if past is not None:
+      key, value = _before(past[0], key), _before(past[1], value)
+      bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (len(past[0]), 0)))
+      mask = self._with_past(mask, len(past[0]))
+    weights = drop(attend(query, key, bias), mask, config.attention_dropout)
+    mixed = jnp.einsum('bhlm,bmhd->blhd', weights, value)
     out = dense(config, config.hidden_size, 'output')(
       mixed.reshape(hidden.shape)
     )
     out = drop(out, masks.output(0), config.dropout)
     return norm(config, 'norm')(hidden + out)
+
+  def _with_past(self, mask: Array | None, length: int) -> Array | None:
+    """Draws what dropout keeps of the attention to the past."""
+    if mask is None or not length:
+      return mask
+    shape = (*mask.shape[:-1], length)
+    drawn = keep(self.make_rng('dropout'), self.config.attention_dropout, shape)
+    return jnp.concatenate([drawn, mask], axis=-1)
+
+
+def _before(past, own):
+  """[P, H] and [B, L, heads, d] -> [B, P + L, heads, d]."""
+  batch, _, heads, size = own.shape
+  past = past.astype(own.dtype).reshape(1, -1, heads, size)
+  past = jnp.broadcast_to(past, (batch, *past.shape[1:]))
+  return jnp.concatenate([past, own], axis=1)
 
 
 class Mlp(nn.Module):

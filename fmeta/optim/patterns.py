@@ -16,7 +16,7 @@ from fmeta.types import Params, Scalar
 
 # Decoupled decay on kernels and embeddings only, as in the BERT code
 # (Devlin et al. 2018); a LoRA factor decays like its kernel.
-DECAY = ((r'(.*/)?(bias|scale)', 0.0), ('.*', 1.0))
+DECAY = ((r'(.*[/._])?(bias|scale)', 0.0), ('.*', 1.0))
 EVERYWHERE = (('.*', 1.0),)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fmeta import tree
+from fmeta.adapters import check_exportable
 from fmeta.errors import UsageError, suggest
 from fmeta.models.bert import BertClassifier
 from fmeta.models.bert_layers import BertConfig
@@ -230,8 +231,10 @@ def save_bert(
     tokenizer_folder: its `tokenizer*.json` files are copied.
 
   Raises:
-    UsageError: if the folder already holds a model.
+    UsageError: if the folder already holds a model, or the parameters hold
+      an adapter that the format has no place for.
   """
+  check_exportable(params, "Hugging Face's BERT")
   folder = pathlib.Path(folder)
   if (folder / 'model.safetensors').exists():
     raise UsageError(f'{folder} already holds a model; give another folder')
