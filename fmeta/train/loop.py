@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmeta.averaging import find_averages, put_averages
 from fmeta.train.dispatch import Program, chunks
 from fmeta.train.log import Live, Metrics, step_record
 from fmeta.train.saver import Saver
@@ -48,7 +49,7 @@ class Loop:
     self.learner, self.stages, self.rng = learner, stages, rng
     self.settings = settings
     self.program = program or Program(learner)
-    self.kept: Any = None  # the best trainable leaves and model state
+    self.kept: Any = None  # the leaves of the best evaluation
     self.told_to_stop = False
     self.pending: tuple[int, dict[str, Array]] | None = None
     self.seconds, self.examples = 0.0, 0
@@ -196,7 +197,7 @@ class Loop:
 
   def _end_stage(self, stage: Stage) -> None:
     if self.kept is not None:
-      self.moving = dataclasses.replace(self.moving, **self.kept)
+      self._return(self.kept)
       self.kept = None
     state = self._state()
     if stage.remember:
@@ -266,7 +267,18 @@ class Loop:
     return {
       'trainable': self.moving.trainable,
       'model_state': self.moving.model_state,
+      'averages': find_averages(self.moving.opt_state),
     }
+
+  def _return(self, kept: dict[str, Any]) -> None:
+    """Puts back what `_leaves` gave at the best evaluation."""
+    averages = kept['averages']
+    self.moving = dataclasses.replace(
+      self.moving,
+      trainable=kept['trainable'],
+      model_state=kept['model_state'],
+      opt_state=put_averages(self.moving.opt_state, averages),
+    )
 
   def _rate(self) -> float:
     return self.examples / self.seconds if self.seconds else 0.0

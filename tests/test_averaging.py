@@ -1,0 +1,248 @@
+"""Averages of the weights against sums written out by hand, and torch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+from fmeta import adapters, averaging, optim, train, tuning
+from fmeta.errors import UsageError
+from fmeta.learner import adapt, finetune
+
+KEY = jax.random.key(3)
+LOSS, PARAMS, BATCH, FORWARD = toys.problem()
+TOTAL = 12
+
+
+@functools.cache
+def run(make=None):
+  """The leaves after 0, 1, ... steps, and what `make` averaged after each."""
+  inner = optim.adam(0.05)
+  learner = finetune(LOSS, make(inner) if make else inner)
+
+  def every(state, aux):
+    kept = averaging.find_averages(state.opt_state)
+    return state.trainable, kept[0].average if kept else {}
+
+  start = learner.init(PARAMS, KEY)
+  _, (path, averages) = jax.jit(
+    lambda state: adapt(
+      learner, state, lambda i: BATCH, KEY, num_steps=TOTAL, every=every
+    )
+  )(start)
+  first = jax.tree.map(lambda p, rest: jnp.stack([p, *rest]), PARAMS, path)
+  return jax.tree.map(np.float64, (first, averages))
+
+
+def ema(inner):
+  return averaging.ema(inner, 0.8)
+
+
+def swa(inner):
+  return averaging.swa(inner, 4, 3)
+
+
+def from_the_start(inner):
+  return averaging.swa(inner, 0, 5)
+
+
+def assert_near(found, expected, rtol=2e-6):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol),
+    found,
+    expected,
+  )
+
+
+def weighted(path, weights):
+  """sum_t w_t p_t / sum_t w_t over the steps in `weights`."""
+  total = sum(weights.values())
+  return jax.tree.map(
+    lambda p: sum(w * p[t] for t, w in weights.items()) / total, path
+  )
+
+
+@pytest.mark.parametrize('make', [ema, swa])
+def test_an_average_does_not_change_the_steps(make):
+  jax.tree.map(np.testing.assert_array_equal, run(make)[0], run()[0])
+
+
+def test_ema_is_the_weighted_sum_of_all_weights_so_far():
+  path, averages = run(ema)
+  for t in range(1, TOTAL + 1):
+    weights = {i: 0.8 ** (t - i) for i in range(1, t + 1)}
+    now = jax.tree.map(lambda x, t=t: x[t - 1], averages)
+    assert_near(now, weighted(path, weights))
+
+
+def test_ema_equals_optax_on_the_path_of_the_weights():
+  path, averages = run(ema)
+  track = optax.ema(0.8, debias=True)
+  state = track.init(PARAMS)
+  for t in range(1, TOTAL + 1):
+    point = jax.tree.map(lambda x, t=t: jnp.float32(x[t]), path)
+    expected, state = track.update(point, state)
+  assert_near(jax.tree.map(lambda x: x[-1], averages), expected)
+
+
+@pytest.mark.parametrize(
+  'make, taken',
+  [(swa, {1: [1], 3: [3], 4: [4], 6: [4], 7: [4, 7], 12: [4, 7, 10]}),
+   (from_the_start, {1: [0], 4: [0], 5: [0, 5], 12: [0, 5, 10]})],
+)  # fmt: skip
+def test_swa_is_the_mean_of_the_weights_it_takes(make, taken):
+  path, averages = run(make)
+  for t, members in taken.items():
+    now = jax.tree.map(lambda x, t=t: x[t - 1], averages)
+    assert_near(now, weighted(path, dict.fromkeys(members, 1.0)))
+
+
+def test_before_its_start_the_average_is_the_current_weights_bitwise():
+  path, averages = run(swa)
+  jax.tree.map(
+    lambda p, a: np.testing.assert_array_equal(a[:4], p[1:5]), path, averages
+  )
+
+
+def test_numbers_may_be_traced_and_live_in_the_state():
+  def factory(decay, rate):
+    return averaging.ema(optim.adam(rate), decay)
+
+  learner = finetune(
+    LOSS, optax.inject_hyperparams(factory)(decay=0.1, rate=0.05)
+  )
+  state = learner.init(PARAMS, KEY)
+  state = optim.set_hyper(state, decay=0.8)
+  step = jax.jit(learner.step)
+  for _ in range(3):
+    state, _ = step(state, BATCH, KEY)
+  expected = jax.tree.map(lambda x: x[2], run(ema)[1])
+  assert_near(averaging.averaged(state).trainable, expected)
+
+
+def test_averaged_replaces_the_trainable_leaves_only():
+  tuned = adapters.lora('body/.*/kernel', rank=2, also=('head/.*',))
+  learner = finetune(LOSS, averaging.ema(optim.sgd(0.1), 0.5), tuning=tuned)
+  state = learner.init(PARAMS, KEY)
+  state, _ = jax.jit(learner.step)(state, BATCH, KEY)
+  state, _ = jax.jit(learner.step)(state, BATCH, KEY)
+  there = averaging.averaged(state)
+  assert there.frozen is state.frozen and there.opt_state is state.opt_state
+  smooth = averaging.with_average(learner)
+  expected = tuned.merge(there.trainable, state.frozen)
+  jax.tree.map(np.testing.assert_array_equal, smooth.params(state), expected)
+  with smooth.using(state) as params:
+    found, _ = FORWARD(params, {}, BATCH, None)
+  merged, _ = FORWARD(expected, {}, BATCH, None)
+  np.testing.assert_allclose(found, merged, rtol=1e-5, atol=1e-6)
+  last = learner.params(state)['head']['kernel']
+  assert np.any(expected['head']['kernel'] != last)
+
+
+def test_fit_evaluates_and_restores_the_best_average():
+  learner = averaging.with_average(
+    finetune(LOSS, averaging.ema(optim.sgd(0.3), 0.5))
+  )
+  scores, seen = iter([0.1, 0.9, 0.3]), []
+
+  def evaluate(params, model_state):
+    seen.append(jax.tree.map(np.array, params))
+    return {'accuracy': next(scores)}
+
+  fitted = train.fit(
+    learner,
+    learner.init(PARAMS, KEY),
+    [train.Stage('train', lambda i: toys.batch_of(seed=i), 6)],
+    KEY,
+    evaluate=evaluate,
+    evaluate_every=2,
+    restore_best=True,
+    quiet=True,
+  )
+  jax.tree.map(np.testing.assert_array_equal, fitted.params, seen[1])
+  assert np.any(fitted.params['head']['bias'] != seen[2]['head']['bias'])
+  # The raw weights of that moment come with their average.
+  found = averaging.find_averages(fitted.state.opt_state)[0]
+  assert fitted.best_step == found.count == 4
+  raw = fitted.state.trainable['head']['bias']
+  assert np.any(raw != fitted.params['head']['bias'])
+
+
+def test_statistics_of_other_weights_are_refused():
+  state = finetune(LOSS, averaging.ema(optim.sgd(0.1), 0.5)).init(
+    PARAMS, KEY, {'batch_stats': {'mean': jnp.zeros(3)}}
+  )
+  with pytest.raises(UsageError, match='recompute_statistics'):
+    averaging.averaged(state)
+  assert averaging.averaged(state.replace(model_state={})).model_state == {}
+
+
+@pytest.mark.parametrize('times', [0, 2])
+def test_one_average_is_needed(times):
+  optimizer = optim.sgd(0.1)
+  for _ in range(times):
+    optimizer = averaging.ema(optimizer, 0.5)
+  state = finetune(LOSS, optimizer).init(PARAMS, KEY)
+  with pytest.raises(UsageError, match=f'keeps {times} averages'):
+    averaging.averaged(state)
+
+
+def test_numbers_out_of_range_are_refused():
+  for make in (
+    lambda: averaging.ema(optim.sgd(0.1), 1.0),
+    lambda: averaging.ema(optim.sgd(0.1), -0.1),
+    lambda: averaging.swa(optim.sgd(0.1), -1),
+    lambda: averaging.swa(optim.sgd(0.1), 0, 0),
+  ):
+    with pytest.raises(UsageError, match='give'):
+      make()
+  tracked = averaging.ema(optim.sgd(0.1), 0.5)
+  with pytest.raises(UsageError, match='needs `params`'):
+    tracked.update(PARAMS, tracked.init(PARAMS))
+
+
+def test_only_selected_leaves_have_an_average():
+  learner = finetune(
+    LOSS,
+    averaging.swa(optim.sgd(0.1), 1),
+    tuning=tuning.select('head/.*'),
+  )
+  state = learner.init(PARAMS, KEY)
+  found = averaging.find_averages(state.opt_state)[0]
+  assert list(found.average) == ['head']
+
+
+@pytest.mark.oracle
+def test_ema_and_swa_equal_torch():
+  import torch
+  from torch.optim import swa_utils
+
+  path, averages = run(ema)
+  leaf = path['head']['kernel']
+  module = torch.nn.Linear(3, 4, bias=False)
+
+  def averaged_by(model, steps):
+    for t in steps:
+      module.weight.data = torch.tensor(leaf[t])
+      model.update_parameters(module)
+    return model.module.weight.detach().numpy()
+
+  plain = swa_utils.AveragedModel(module)
+  expected = averaged_by(plain, [4, 7, 10])
+  found = run(swa)[1]['head']['kernel'][-1]
+  np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-7)
+  # Torch starts at p_1 with its full share; ours has no such bias:
+  # torch_T = (1 - d^T) ours_T + d^T p_1.
+  moving = swa_utils.AveragedModel(
+    module, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.8)
+  )
+  there = averaged_by(moving, range(1, TOTAL + 1))
+  rest = 0.8**TOTAL
+  ours = averages['head']['kernel'][-1]
+  np.testing.assert_allclose(
+    (1 - rest) * ours + rest * leaf[1], there, rtol=2e-6, atol=1e-7
+  )
