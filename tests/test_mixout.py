@@ -54,9 +54,7 @@ def test_a_draw_belongs_to_an_input(shape, drawn):
   start = jnp.zeros(shape)
   mixed = mixout.mix({'w': start + 1}, {'w.start': start}, 0.5, KEY)['w']
   index = tuple(slice(0, n) for n in drawn)
-  np.testing.assert_array_equal(
-    mixed, np.broadcast_to(mixed[index], shape)
-  )
+  np.testing.assert_array_equal(mixed, np.broadcast_to(mixed[index], shape))
   assert set(np.unique(mixed)) <= {0.0, 2.0}
 
 

@@ -97,9 +97,7 @@ def test_each_microbatch_is_perturbed_within_an_accumulation():
 
 
 def test_a_radius_of_zero_is_the_plain_gradient():
-  _near(
-    _gradient(sharpness.sharpness_aware(0.0)), _gradient(gradients.plain)
-  )
+  _near(_gradient(sharpness.sharpness_aware(0.0)), _gradient(gradients.plain))
 
 
 def test_both_gradients_see_the_same_dropout():
