@@ -13,9 +13,10 @@ ROWS = [
   {'errors'},
   {'types'},
   {'tree'},
-  {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'},
+  {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'}
+  | {'averaging', 'mixout', 'sharpness'},
   {'learner'},
-  {'losses', 'meta'},
+  {'losses', 'meta', 'mixing', 'regularise'},
 ]
 CORE = set().union(*ROWS)
 

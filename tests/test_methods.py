@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 import toys
 
-from fmeta import adapters, gradients, losses, memory, optim, penalty, tuning
+from fmeta import (
+  adapters,
+  averaging,
+  gradients,
+  losses,
+  memory,
+  mixing,
+  mixout,
+  optim,
+  penalty,
+  regularise,
+  sharpness,
+  tuning,
+)
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.meta import episode_loss, reptile_loss
 from fmeta.testing import check_learner
@@ -31,6 +44,20 @@ def read_memory(params, model_state, batch, rng):
   return loss + LOSS(params, model_state, past, rng)[0], aux
 
 
+def images():
+  forward = lambda params, state, batch, rng: FORWARD(
+    params, state, {'x': batch['image'].reshape(-1, 6)}, rng
+  )
+  loss_fn = losses.supervised(forward, losses.softmax_cross_entropy)
+  cut = mixing.cutmix(loss_fn, 1.0, 3)
+  as_images = lambda batch: {**batch, 'image': batch['x'].reshape(-1, 2, 3, 1)}
+  return lambda params, state, batch, rng: cut(
+    params, state, as_images(batch), rng
+  )
+
+
+ANCHORED = mixout.anchored(SURGERY)
+MIXED = mixing.mixup(regularise.r_drop(LOSS, 1.0), 0.4, 3, inputs=('x',))
 ROWS = {
   'full sgd': finetune(LOSS, SGD),
   'full adamw': finetune(LOSS, CLIPPED),
@@ -51,9 +78,29 @@ ROWS = {
   'rehearse beside': rehearse(
     finetune(read_memory, SGD), memory.reservoir(16, ROW), 4, mix=beside
   ),
+  'ema mixout': finetune(
+    LOSS,
+    averaging.ema(CLIPPED, 0.9),
+    tuning=ANCHORED,
+    value_and_grad=mixout.mixout(0.5),
+  ),
+  'swa sam': finetune(
+    LOSS,
+    averaging.swa(SGD, 1, 2),
+    value_and_grad=sharpness.sharpness_aware(0.05),
+  ),
+  'mixup r_drop': finetune(MIXED, CLIPPED),
+  'cutmix': finetune(images(), SGD),
 }
 # Compiling for eight devices is slow: those whose data flow is special.
-ON_A_MESH = ('full adamw', 'lora', 'accumulate', 'rehearse')
+ON_A_MESH = (
+  'full adamw',
+  'lora',
+  'accumulate',
+  'rehearse',
+  'ema mixout',
+  'mixup r_drop',
+)
 # Differentiable at every point, so the meta-gradient is checked as well.
 META_ROWS = {
   'full sgd': finetune(LOSS, SGD),
@@ -63,6 +110,13 @@ META_ROWS = {
   'lora ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
   'accumulate': finetune(LOSS, SMOOTH, value_and_grad=gradients.accumulate(2)),
   'rehearse': rehearse(finetune(LOSS, SGD), memory.reservoir(16, ROW), 4),
+  'ema mixout sam': finetune(
+    LOSS,
+    averaging.ema(SGD, 0.9),
+    tuning=ANCHORED,
+    value_and_grad=mixout.mixout(0.5, sharpness.sharpness_aware(0.05)),
+  ),
+  'mixup r_drop': finetune(MIXED, SGD),
 }
 
 
