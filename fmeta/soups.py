@@ -112,7 +112,7 @@ def interpolate(start: Params, end: Params, alpha: Scalar) -> Params:
 
   With the zero-shot or pre-trained model as `start` and the fine-tuned as
   `end` it is WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903,
-  eq. 2).
+  section 3).
 
   Args:
     start: parameters.

@@ -19,35 +19,39 @@ TOTAL = 12
 
 
 @functools.cache
-def run(make=None):
+def compiled(make):
+  """(*numbers) -> the leaves and the average after 1, 2, ... steps."""
+
+  @jax.jit
+  def run(*numbers):
+    inner = optim.sgd(0.3)
+    learner = finetune(LOSS, make(inner, *numbers) if make else inner)
+
+    def every(state, aux):
+      kept = averaging.find_averages(state.opt_state)
+      return state.trainable, kept[0].average if kept else {}
+
+    return adapt(
+      learner,
+      learner.init(PARAMS, KEY),
+      lambda i: BATCH,
+      KEY,
+      num_steps=TOTAL,
+      every=every,
+    )[1]
+
+  return run
+
+
+def run(make=None, *numbers):
   """The leaves after 0, 1, ... steps, and what `make` averaged after each."""
-  inner = optim.adam(0.05)
-  learner = finetune(LOSS, make(inner) if make else inner)
-
-  def every(state, aux):
-    kept = averaging.find_averages(state.opt_state)
-    return state.trainable, kept[0].average if kept else {}
-
-  start = learner.init(PARAMS, KEY)
-  _, (path, averages) = jax.jit(
-    lambda state: adapt(
-      learner, state, lambda i: BATCH, KEY, num_steps=TOTAL, every=every
-    )
-  )(start)
+  path, averages = compiled(make)(*numbers)
   first = jax.tree.map(lambda p, rest: jnp.stack([p, *rest]), PARAMS, path)
   return jax.tree.map(np.float64, (first, averages))
 
 
-def ema(inner):
-  return averaging.ema(inner, 0.8)
-
-
-def swa(inner):
-  return averaging.swa(inner, 4, 3)
-
-
-def from_the_start(inner):
-  return averaging.swa(inner, 0, 5)
+EMA = averaging.ema, 0.8
+SWA = averaging.swa, 4, 3
 
 
 def assert_near(found, expected, rtol=2e-6):
@@ -66,13 +70,13 @@ def weighted(path, weights):
   )
 
 
-@pytest.mark.parametrize('make', [ema, swa])
-def test_an_average_does_not_change_the_steps(make):
-  jax.tree.map(np.testing.assert_array_equal, run(make)[0], run()[0])
+@pytest.mark.parametrize('which', [EMA, SWA], ids=['ema', 'swa'])
+def test_an_average_does_not_change_the_steps(which):
+  jax.tree.map(np.testing.assert_array_equal, run(*which)[0], run()[0])
 
 
 def test_ema_is_the_weighted_sum_of_all_weights_so_far():
-  path, averages = run(ema)
+  path, averages = run(*EMA)
   for t in range(1, TOTAL + 1):
     weights = {i: 0.8 ** (t - i) for i in range(1, t + 1)}
     now = jax.tree.map(lambda x, t=t: x[t - 1], averages)
@@ -80,7 +84,7 @@ def test_ema_is_the_weighted_sum_of_all_weights_so_far():
 
 
 def test_ema_equals_optax_on_the_path_of_the_weights():
-  path, averages = run(ema)
+  path, averages = run(*EMA)
   track = optax.ema(0.8, debias=True)
   state = track.init(PARAMS)
   for t in range(1, TOTAL + 1):
@@ -90,19 +94,21 @@ def test_ema_equals_optax_on_the_path_of_the_weights():
 
 
 @pytest.mark.parametrize(
-  'make, taken',
-  [(swa, {1: [1], 3: [3], 4: [4], 6: [4], 7: [4, 7], 12: [4, 7, 10]}),
-   (from_the_start, {1: [0], 4: [0], 5: [0, 5], 12: [0, 5, 10]})],
-)  # fmt: skip
-def test_swa_is_the_mean_of_the_weights_it_takes(make, taken):
-  path, averages = run(make)
+  'numbers, taken',
+  [
+    ((4, 3), {1: [1], 3: [3], 4: [4], 6: [4], 7: [4, 7], 12: [4, 7, 10]}),
+    ((0, 5), {1: [0], 4: [0], 5: [0, 5], 12: [0, 5, 10]}),
+  ],
+)
+def test_swa_is_the_mean_of_the_weights_it_takes(numbers, taken):
+  path, averages = run(averaging.swa, *numbers)
   for t, members in taken.items():
     now = jax.tree.map(lambda x, t=t: x[t - 1], averages)
     assert_near(now, weighted(path, dict.fromkeys(members, 1.0)))
 
 
 def test_before_its_start_the_average_is_the_current_weights_bitwise():
-  path, averages = run(swa)
+  path, averages = run(*SWA)
   jax.tree.map(
     lambda p, a: np.testing.assert_array_equal(a[:4], p[1:5]), path, averages
   )
@@ -110,17 +116,17 @@ def test_before_its_start_the_average_is_the_current_weights_bitwise():
 
 def test_numbers_may_be_traced_and_live_in_the_state():
   def factory(decay, rate):
-    return averaging.ema(optim.adam(rate), decay)
+    return averaging.ema(optim.sgd(rate), decay)
 
   learner = finetune(
-    LOSS, optax.inject_hyperparams(factory)(decay=0.1, rate=0.05)
+    LOSS, optax.inject_hyperparams(factory)(decay=0.1, rate=0.3)
   )
   state = learner.init(PARAMS, KEY)
   state = optim.set_hyper(state, decay=0.8)
   step = jax.jit(learner.step)
   for _ in range(3):
     state, _ = step(state, BATCH, KEY)
-  expected = jax.tree.map(lambda x: x[2], run(ema)[1])
+  expected = jax.tree.map(lambda x: x[2], run(*EMA)[1])
   assert_near(averaging.averaged(state).trainable, expected)
 
 
@@ -143,17 +149,15 @@ def test_averaged_replaces_the_trainable_leaves_only():
   assert np.any(expected['head']['kernel'] != last)
 
 
-def test_fit_evaluates_and_restores_the_best_average():
-  learner = averaging.with_average(
-    finetune(LOSS, averaging.ema(optim.sgd(0.3), 0.5))
-  )
-  scores, seen = iter([0.1, 0.9, 0.3]), []
+def fit(scores, seen, learner, **options):
+  """Six steps; the second of three evaluations is the best."""
+  scores = iter(scores)
 
   def evaluate(params, model_state):
     seen.append(jax.tree.map(np.array, params))
     return {'accuracy': next(scores)}
 
-  fitted = train.fit(
+  return train.fit(
     learner,
     learner.init(PARAMS, KEY),
     [train.Stage('train', lambda i: toys.batch_of(seed=i), 6)],
@@ -161,8 +165,19 @@ def test_fit_evaluates_and_restores_the_best_average():
     evaluate=evaluate,
     evaluate_every=2,
     restore_best=True,
+    checkpoint_every=2,
     quiet=True,
+    **options,
   )
+
+
+def test_fit_evaluates_restores_and_resumes_the_best_average(tmp_path):
+  learner = averaging.with_average(
+    finetune(LOSS, averaging.ema(optim.sgd(0.3), 0.5))
+  )
+  program, seen = train.Program(learner), []
+  options = {'learner': learner, 'program': program}
+  fitted = fit([0.1, 0.9, 0.3], seen, **options)
   jax.tree.map(np.testing.assert_array_equal, fitted.params, seen[1])
   assert np.any(fitted.params['head']['bias'] != seen[2]['head']['bias'])
   # The raw weights of that moment come with their average.
@@ -170,6 +185,11 @@ def test_fit_evaluates_and_restores_the_best_average():
   assert fitted.best_step == found.count == 4
   raw = fitted.state.trainable['head']['bias']
   assert np.any(raw != fitted.params['head']['bias'])
+  # Killed at the third evaluation, after the best was saved.
+  with pytest.raises(StopIteration):
+    fit([0.1, 0.9], [], **options, workdir=tmp_path)
+  again = fit([0.3], [], **options, workdir=tmp_path, resume=True)
+  jax.tree.map(np.testing.assert_array_equal, again.state, fitted.state)
 
 
 def test_statistics_of_other_weights_are_refused():
@@ -221,7 +241,7 @@ def test_ema_and_swa_equal_torch():
   import torch
   from torch.optim import swa_utils
 
-  path, averages = run(ema)
+  path, averages = run(*EMA)
   leaf = path['head']['kernel']
   module = torch.nn.Linear(3, 4, bias=False)
 
@@ -233,7 +253,7 @@ def test_ema_and_swa_equal_torch():
 
   plain = swa_utils.AveragedModel(module)
   expected = averaged_by(plain, [4, 7, 10])
-  found = run(swa)[1]['head']['kernel'][-1]
+  found = run(*SWA)[1]['head']['kernel'][-1]
   np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-7)
   # Torch starts at p_1 with its full share; ours has no such bias:
   # torch_T = (1 - d^T) ours_T + d^T p_1.
