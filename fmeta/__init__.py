@@ -1,13 +1,17 @@
 """fmeta: fine-tuning is the step, meta-learning a loss, continual a stream."""
 
 from fmeta.adapters import lora, lora_init, lora_merged
+from fmeta.averaging import averaged, ema, swa, with_average
 from fmeta.errors import UsageError
 from fmeta.gradients import accumulate, first_order, plain
 from fmeta.learner import adapt, append, beside, finetune, rehearse
 from fmeta.losses import softmax_cross_entropy, squared_error, supervised
 from fmeta.memory import reservoir
 from fmeta.meta import episode_loss, in_chunks, predict_episodes, reptile_loss
+from fmeta.mixing import cutmix, mixup
 from fmeta.penalty import ewc, l2_sp, no_penalty
+from fmeta.regularise import r_drop
+from fmeta.sharpness import sharpness_aware
 from fmeta.tuning import full, select
 from fmeta.types import (
   Aux,
@@ -33,7 +37,10 @@ __all__ = (
   'accumulate',
   'adapt',
   'append',
+  'averaged',
   'beside',
+  'cutmix',
+  'ema',
   'episode_loss',
   'ewc',
   'finetune',
@@ -44,14 +51,19 @@ __all__ = (
   'lora',
   'lora_init',
   'lora_merged',
+  'mixup',
   'no_penalty',
   'plain',
   'predict_episodes',
+  'r_drop',
   'rehearse',
   'reptile_loss',
   'reservoir',
   'select',
+  'sharpness_aware',
   'softmax_cross_entropy',
   'squared_error',
   'supervised',
+  'swa',
+  'with_average',
 )

@@ -147,6 +147,8 @@ def averaged(state: TrainState) -> TrainState:
         state = averaged(state.replace(model_state={}))
         statistics = soups.recompute_statistics(
           forward, learner.params(state), old_statistics, batches, rng)
+
+      and put the old ones back where every BatchNorm was frozen.
   """
   found = find_averages(state.opt_state)
   if len(found) != 1:
