@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fmeta.errors import UsageError
@@ -41,23 +42,33 @@ def interpolation(
     figure = Figure((0.6 * style.WIDTH, 4.4), layout='constrained')
     axes = figure.add_subplot()
     axes.plot(xs, ys, 'o-', color=style.COLOURS[0], ms=5, lw=2)
-    for k, place in enumerate(zip(xs, ys, strict=True)):
-      name = {0: start, len(xs) - 1: end}.get(k, '')
-      text = f'{name} {points[k]["alpha"]:.2g}'.strip()
-      axes.annotate(
-        text,
-        place,
-        xytext=(6, 4),
-        textcoords='offset points',
-        fontsize=9,
-        color=style.INK if name else style.MUTED,
-        fontweight='bold' if name else 'normal',
-      )
+    for k, point in enumerate(points):
+      _label(axes, xs, ys, k, point['alpha'], {0: start, len(xs) - 1: end})
     axes.margins(0.14)
     axes.set_xlabel(f'{x} (%)')
     axes.set_ylabel(f'{y} (%)')
     axes.grid(color=style.FAINT)
     return style.picture(figure, _alt(points, x, y))
+
+
+def _label(axes: Axes, xs, ys, k: int, alpha: float, names: dict) -> None:
+  """Alpha beside its point, where the curve is not; the ends with a name."""
+  last = len(xs) - 1
+  rises = ys[min(k + 1, last)] > ys[max(k - 1, 0)]
+  if k in names:
+    beside, above = (8 if k == 0 else -8), (-13 if rises == (k == 0) else 6)
+  else:
+    beside, above = (-6 if rises else 6), 4
+  axes.annotate(
+    f'{names.get(k, "")} {alpha:.2g}'.strip(),
+    (xs[k], ys[k]),
+    xytext=(beside, above),
+    textcoords='offset points',
+    ha='left' if beside > 0 else 'right',
+    fontsize=9,
+    color=style.INK if k in names else style.MUTED,
+    fontweight='bold' if k in names else 'normal',
+  )
 
 
 def _check(points: Sequence[Mapping[str, float]], x: str, y: str) -> None:
