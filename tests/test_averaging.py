@@ -14,7 +14,7 @@ from fmeta.errors import UsageError
 from fmeta.learner import adapt, finetune
 
 KEY = jax.random.key(3)
-LOSS, PARAMS, BATCH, FORWARD = toys.problem()
+LOSS, PARAMS, BATCH, _ = toys.problem()
 TOTAL = 12
 
 
@@ -132,19 +132,22 @@ def test_averaged_replaces_the_trainable_leaves_only():
   tuned = adapters.lora('body/.*/kernel', rank=2, also=('head/.*',))
   learner = finetune(LOSS, averaging.ema(optim.sgd(0.1), 0.5), tuning=tuned)
   state = learner.init(PARAMS, KEY)
-  state, _ = jax.jit(learner.step)(state, BATCH, KEY)
-  state, _ = jax.jit(learner.step)(state, BATCH, KEY)
+  moved = jax.tree.map(lambda x: np.asarray(x) + 0.5, state.trainable)
+  kept = [averaging.AverageState(jnp.int32(3), moved)]
+  state = state.replace(opt_state=averaging.put_averages(state.opt_state, kept))
   there = averaging.averaged(state)
+  assert there.trainable is moved
   assert there.frozen is state.frozen and there.opt_state is state.opt_state
-  smooth = averaging.with_average(learner)
-  expected = tuned.merge(there.trainable, state.frozen)
-  jax.tree.map(np.testing.assert_array_equal, smooth.params(state), expected)
-  with smooth.using(state) as params:
-    found, _ = FORWARD(params, {}, BATCH, None)
-  merged, _ = FORWARD(expected, {}, BATCH, None)
-  np.testing.assert_allclose(found, merged, rtol=1e-5, atol=1e-6)
-  last = learner.params(state)['head']['kernel']
-  assert np.any(expected['head']['kernel'] != last)
+  # A learner that shows what it is asked for: adapters enter as ever.
+  shown = learner._replace(using=lambda state: state)
+  smooth = averaging.with_average(shown)
+  assert smooth.using(state).trainable is moved
+  assert smooth.step is learner.step and smooth.end_task is learner.end_task
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    smooth.params(state),
+    tuned.merge(moved, state.frozen),
+  )
 
 
 def fit(scores, seen, learner, **options):
