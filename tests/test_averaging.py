@@ -83,6 +83,17 @@ def test_ema_is_the_weighted_sum_of_all_weights_so_far():
     assert_near(now, weighted(path, weights))
 
 
+def test_the_starting_point_has_no_share_bitwise():
+  path, averages = run(averaging.ema, 0.9999)
+  jax.tree.map(
+    lambda p, a: np.testing.assert_array_equal(a[0], p[1]), path, averages
+  )
+  path, averages = run(averaging.ema, 0.0)
+  jax.tree.map(
+    lambda p, a: np.testing.assert_array_equal(a, p[1:]), path, averages
+  )
+
+
 def test_ema_equals_optax_on_the_path_of_the_weights():
   path, averages = run(*EMA)
   track = optax.ema(0.8, debias=True)
