@@ -14,16 +14,20 @@ from fmeta.adapters import (
   reinitialise,
   subspace,
 )
+from fmeta.averaging import averaged, ema, swa, with_average
 from fmeta.errors import UsageError
 from fmeta.gradients import accumulate, first_order, plain
 from fmeta.learner import adapt, append, beside, finetune, rehearse
 from fmeta.losses import softmax_cross_entropy, squared_error, supervised
 from fmeta.memory import reservoir
 from fmeta.meta import episode_loss, in_chunks, predict_episodes, reptile_loss
+from fmeta.mixing import cutmix, mixup
 from fmeta.penalty import ewc, l2_sp, no_penalty
 from fmeta.per_leaf import adamw_per_leaf, per_leaf
 from fmeta.phases import Phase, chain_thaw, gradual_unfreezing, lp_ft, phases
+from fmeta.regularise import r_drop
 from fmeta.retune import retune
+from fmeta.sharpness import sharpness_aware
 from fmeta.tuning import full, select
 from fmeta.types import (
   Aux,
@@ -51,10 +55,13 @@ __all__ = (
   'adamw_per_leaf',
   'adapt',
   'append',
+  'averaged',
   'beside',
-  'chain_thaw',
   'bitfit',
   'bottleneck',
+  'chain_thaw',
+  'cutmix',
+  'ema',
   'entering',
   'episode_loss',
   'ewc',
@@ -69,22 +76,27 @@ __all__ = (
   'lora_init',
   'lora_merged',
   'lp_ft',
+  'mixup',
   'no_penalty',
+  'norm_tuning',
   'per_leaf',
   'phases',
-  'norm_tuning',
   'plain',
   'predict_episodes',
   'prefix',
   'prompt',
+  'r_drop',
   'rehearse',
   'reinitialise',
   'reptile_loss',
   'reservoir',
   'retune',
   'select',
+  'sharpness_aware',
   'softmax_cross_entropy',
   'squared_error',
   'subspace',
   'supervised',
+  'swa',
+  'with_average',
 )

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmeta.types import Array, Aux, Batch, Forward, LossFn
+from fmeta.errors import UsageError
+from fmeta.types import Array, Aux, Batch, Forward, LossFn, Scalar
 
 # (outputs, batch) -> (loss per unit, {metric per unit}); all the same shape.
 Criterion = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
@@ -17,19 +18,81 @@ Criterion = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
 def softmax_cross_entropy(
   outputs: Array, batch: Batch
 ) -> tuple[Array, dict[str, Array]]:
-  """-log softmax(logits)[label] and the accuracy, per example.
+  """-sum_k q_k log softmax(logits)_k and the accuracy, per example.
+
+  With a class as label that is -log softmax(logits)[label]. The accuracy
+  counts a distribution's likeliest class.
 
   Args:
     outputs: logits [B, classes].
-    batch: `label` int [B].
+    batch: `label`, int [B], or float [B, classes], distributions (mixup's).
   """
-  chex.assert_rank([outputs, batch['label']], [2, 1])
+  label = batch['label']
   outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
-  loss = optax.softmax_cross_entropy_with_integer_labels(
-    outputs, batch['label']
-  )
-  correct = (outputs.argmax(-1) == batch['label']).astype(loss.dtype)
+  if jnp.issubdtype(label.dtype, jnp.floating):
+    chex.assert_rank(outputs, 2)
+    chex.assert_equal_shape([outputs, label])
+    loss = optax.softmax_cross_entropy(outputs, label)
+    label = label.argmax(-1)
+  else:
+    chex.assert_rank([outputs, label], [2, 1])
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, label)
+  correct = (outputs.argmax(-1) == label).astype(loss.dtype)
   return loss, {'accuracy': correct}
+
+
+def smoothed_cross_entropy(smoothing: Scalar = 0.1) -> Criterion:
+  """Label smoothing: cross entropy against labels mixed with the uniform.
+
+    l = (1 - a) CE(q, p) + a CE(1 / classes, p)
+
+  (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, section 7.) The
+  metric `cross_entropy` is the one against the labels themselves. Labels as
+  in `softmax_cross_entropy`.
+
+  Args:
+    smoothing: a in [0, 1]; 0.1 as in the paper. May be traced.
+
+  Raises:
+    UsageError: if a number outside [0, 1] is given.
+  """
+  if isinstance(smoothing, int | float) and not 0 <= smoothing <= 1:
+    raise UsageError(f'label smoothing {smoothing}; give one in [0, 1]')
+
+  def criterion(outputs, batch):
+    plain, metrics = softmax_cross_entropy(outputs, batch)
+    uniform = -jax.nn.log_softmax(outputs.astype(plain.dtype)).mean(-1)
+    loss = (1 - smoothing) * plain + smoothing * uniform
+    return loss, {**metrics, 'cross_entropy': plain}
+
+  return criterion
+
+
+def focal_cross_entropy(gamma: Scalar = 2.0) -> Criterion:
+  """Focal loss: examples that are right already count less.
+
+    l = (1 - p_label)^gamma * -log p_label
+
+  (Lin et al. 2017, https://arxiv.org/abs/1708.02002, eq. 4.) With a
+  distribution as label p_label is exp(-CE). The metric `cross_entropy` is the
+  plain one.
+
+  Args:
+    gamma: at least 0; 2 as in the paper. May be traced.
+
+  Raises:
+    UsageError: if a negative number is given.
+  """
+  if isinstance(gamma, int | float) and gamma < 0:
+    raise UsageError(f'focal gamma {gamma}; give at least 0')
+
+  def criterion(outputs, batch):
+    plain, metrics = softmax_cross_entropy(outputs, batch)
+    # 1 - exp(-l) without the cancellation where l is small.
+    missing = -jnp.expm1(-plain)
+    return missing**gamma * plain, {**metrics, 'cross_entropy': plain}
+
+  return criterion
 
 
 def squared_error(

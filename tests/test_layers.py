@@ -13,10 +13,11 @@ ROWS = [
   {'errors'},
   {'types'},
   {'tree'},
-  {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'},
+  {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'}
+  | {'averaging', 'mixout', 'sharpness'},
   {'per_leaf', 'phases', 'retune'},
   {'learner'},
-  {'losses', 'meta', 'meta_safe'},
+  {'losses', 'meta', 'meta_safe', 'mixing', 'regularise'},
 ]
 CORE = set().union(*ROWS)
 

@@ -8,12 +8,17 @@ import toys
 
 from fmeta import (
   adapters,
+  averaging,
   gradients,
   losses,
   memory,
+  mixing,
+  mixout,
   models,
   optim,
   penalty,
+  regularise,
+  sharpness,
   tree,
   tuning,
 )
@@ -52,6 +57,12 @@ def read_memory(params, model_state, batch, rng):
   return loss + LOSS(params, model_state, past, rng)[0], aux
 
 
+ANCHORED = mixout.anchored(SURGERY)
+# Mixout's weights, at the worst point near them.
+PERTURBED = mixout.mixout(0.5, sharpness.sharpness_aware(0.05))
+# These draw for themselves; a second source would only take time to compile.
+STILL = toys.problem()[0]
+MIXED = mixing.mixup(STILL, 0.4, 3, inputs=('x',))
 ROWS = {
   'full sgd': finetune(LOSS, SGD),
   'full adamw': finetune(LOSS, CLIPPED),
@@ -76,9 +87,24 @@ ROWS = {
   'rehearse beside': rehearse(
     finetune(read_memory, SGD), memory.reservoir(16, ROW), 4, mix=beside
   ),
+  'ema mixout sam': finetune(
+    STILL,
+    averaging.ema(SGD, 0.9),
+    tuning=ANCHORED,
+    value_and_grad=PERTURBED,
+  ),
+  'swa mixup': finetune(MIXED, averaging.swa(SGD, 1, 2)),
+  'r_drop': finetune(regularise.r_drop(LOSS, 1.0), SGD),
 }
 # Compiling for eight devices is slow: those whose data flow is special.
-ON_A_MESH = ('full adamw', 'lora', 'accumulate', 'rehearse')
+ON_A_MESH = (
+  'full adamw',
+  'lora',
+  'accumulate',
+  'rehearse',
+  'ema mixout sam',
+  'swa mixup',
+)
 # Differentiable at every point, so the meta-gradient is checked as well.
 META_ROWS = {
   'full sgd': finetune(LOSS, SGD),
@@ -88,6 +114,7 @@ META_ROWS = {
   'lora ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
   'accumulate': finetune(LOSS, SMOOTH, value_and_grad=gradients.accumulate(2)),
   'rehearse': rehearse(finetune(LOSS, SGD), memory.reservoir(16, ROW), 4),
+  'ema mixout sam': ROWS['ema mixout sam'],
 }
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from fmeta.adapters import entering
 from fmeta.errors import UsageError
 from fmeta.models.bert import BertClassifier
-from fmeta.models.bert_layers import BertConfig
+from fmeta.models.bert_layers import BertConfig, with_dropout
 from fmeta.models.conv import BatchNorm, Conv4, MatmulConv
 from fmeta.models.mlp import Mlp
 from fmeta.types import Array, Batch, Forward, ModelState, Params
@@ -30,6 +30,7 @@ __all__ = [
   'IMAGE',
   'forward',
   'init',
+  'with_dropout',
 ]
 
 TEXT = ('input_ids', 'attention_mask')

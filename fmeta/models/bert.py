@@ -22,7 +22,7 @@ from fmeta.models.bert_layers import (
   additive_mask,
   dense,
 )
-from fmeta.models.dropout import drop, keep
+from fmeta.models.dropout import drop, keep, linear_decay, path_scales
 from fmeta.types import Array
 
 POOLINGS = ('mean', 'cls')
@@ -69,7 +69,7 @@ class Body(nn.Module):
     bias, states = additive_mask(seen), [hidden]
     if first == last:  # No layer, no mask to draw.
       return states
-    masks = self._masks(hidden.shape, last - first, deterministic)
+    masks = self._masks(hidden.shape, first, last, deterministic)
     for k, mask in zip(range(first, last), masks, strict=True):
       layer = getattr(self, f'layer_{k}')
       states.append(layer(states[-1], bias, mask))
@@ -80,17 +80,29 @@ class Body(nn.Module):
       return None
     return keep(self.make_rng('dropout'), rate, shape)
 
-  def _masks(self, shape, count: int, deterministic: bool) -> list[Masks]:
-    """Draws all layers' masks from two generators, not from three each."""
-    config, (rows, length, _) = self.config, shape
+  def _paths(self, rows: int, first: int, last: int, deterministic: bool):
+    if deterministic or not self.config.stochastic_depth:
+      return None
+    rates = linear_decay(self.config.stochastic_depth, self.config.num_layers)
+    return path_scales(self.make_rng('dropout'), rates[first:last], (2, rows))
+
+  def _masks(
+    self, shape, first: int, last: int, deterministic: bool
+  ) -> list[Masks]:
+    """Draws all layers' masks from three generators, not from four each."""
+    config, (rows, length, _), count = self.config, shape, last - first
     square = (count, rows, config.num_heads, length, length)
     attention = self._mask(config.attention_dropout, square, deterministic)
     outputs = self._mask(config.dropout, (count, 2, *shape), deterministic)
+    paths = self._paths(rows, first, last, deterministic)
 
     def row(masks, k):
       return None if masks is None else masks[k]
 
-    return [Masks(row(attention, k), row(outputs, k)) for k in range(count)]
+    return [
+      Masks(row(attention, k), row(outputs, k), row(paths, k))
+      for k in range(count)
+    ]
 
 
 def pool(hidden: Array, attention_mask: Array, pooling: str) -> Array:

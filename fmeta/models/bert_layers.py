@@ -36,6 +36,10 @@ class BertConfig:
     layer_norm_eps: added to the variance.
     dropout: on embeddings, block outputs and the pooled vector.
     attention_dropout: on attention probabilities.
+    stochastic_depth: drop rate of the last block's two branches, per row;
+      that of block l = 1..L is l / L of it (Huang et al. 2016,
+      https://arxiv.org/abs/1603.09382, eq. 4). A dropped block of this
+      post-norm model still normalises. 0: none, as in BERT.
     initializer_range: standard deviation of fresh kernels and embeddings.
   """
 
@@ -49,6 +53,7 @@ class BertConfig:
   layer_norm_eps: float = 1e-12
   dropout: float = 0.1
   attention_dropout: float = 0.1
+  stochastic_depth: float = 0.0
   initializer_range: float = 0.02
 
   def __post_init__(self):
@@ -57,6 +62,32 @@ class BertConfig:
         f'num_heads={self.num_heads} does not divide '
         f'hidden_size={self.hidden_size}; choose a divisor'
       )
+    for name in ('dropout', 'attention_dropout', 'stochastic_depth'):
+      if not 0 <= getattr(self, name) < 1:
+        raise UsageError(f'{name}={getattr(self, name)}; give one in [0, 1)')
+
+
+def with_dropout(
+  config: BertConfig, rate: float, *, stochastic_depth: float = 0.0
+) -> BertConfig:
+  """The config with all of its dropout rates set.
+
+  Parameters and evaluation do not depend on them.
+
+  Args:
+    config: any.
+    rate: of hidden states and of attention probabilities, in [0, 1).
+    stochastic_depth: the last block's, in [0, 1).
+
+  Raises:
+    UsageError: if one is out of range.
+  """
+  return dataclasses.replace(
+    config,
+    dropout=rate,
+    attention_dropout=rate,
+    stochastic_depth=stochastic_depth,
+  )
 
 
 def dense(
@@ -110,14 +141,23 @@ class Masks(NamedTuple):
   Attributes:
     attention: [B, heads, L, L], of the probabilities.
     outputs: [2, B, L, H], of the attention's and of the MLP's output.
+    paths: [2, B], factors of the same two by stochastic depth.
   """
 
   attention: Array | None
   outputs: Array | None
+  paths: Array | None = None
 
   def output(self, index: int) -> Array | None:
     """The mask of the attention's output (0) or of the MLP's (1)."""
     return None if self.outputs is None else self.outputs[index]
+
+  def branch(self, out: Array, index: int, rate: float) -> Array:
+    """The output [B, L, H] of branch 0 or 1 after both kinds of dropout."""
+    out = drop(out, self.output(index), rate)
+    if self.paths is None:
+      return out
+    return out * self.paths[index][:, None, None].astype(out.dtype)
 
 
 class Embeddings(nn.Module):
@@ -204,7 +244,7 @@ class Attention(nn.Module):
     out = dense(config, config.hidden_size, 'output')(
       mixed.reshape(hidden.shape)
     )
-    out = drop(out, masks.output(0), config.dropout)
+    out = masks.branch(out, 0, config.dropout)
     return norm(config, 'norm')(hidden + out)
 
   def _with_past(self, mask: Array | None, length: int) -> Array | None:
@@ -235,7 +275,7 @@ class Mlp(nn.Module):
     config = self.config
     inner = gelu(dense(config, config.intermediate_size, 'up')(hidden))
     out = dense(config, config.hidden_size, 'down')(inner)
-    out = drop(out, masks.output(1), config.dropout)
+    out = masks.branch(out, 1, config.dropout)
     return norm(config, 'norm')(hidden + out)
 
 

@@ -15,7 +15,8 @@ from fmeta.errors import UsageError
 from fmeta.types import Params, Scalar
 
 # Decoupled decay on kernels and embeddings only, as in the BERT code
-# (Devlin et al. 2018); a LoRA factor decays like its kernel.
+# (Devlin et al. 2018); a LoRA factor decays like its kernel, but no bias or
+# scale of an adapter (`kernel.ia3_scale`) does.
 DECAY = ((r'(.*[/._])?(bias|scale)', 0.0), ('.*', 1.0))
 EVERYWHERE = (('.*', 1.0),)
 

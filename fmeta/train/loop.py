@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from fmeta.averaging import find_averages, put_averages
 from fmeta.train.boundaries import Boundaries
 from fmeta.train.dispatch import Program, chunks, own, require_finite
 from fmeta.train.log import Live, Metrics, step_record
@@ -50,7 +51,7 @@ class Loop:
     self.boundaries = Boundaries(
       learner, stages, rng, programs, settings.place_state
     )
-    self.kept: Any = None  # the best trainable leaves and model state
+    self.kept: Any = None  # the leaves of the best evaluation
     self.told_to_stop = False
     self.dispatches = 0
     self.pending: tuple[int, dict[str, Array]] | None = None
@@ -244,7 +245,7 @@ class Loop:
 
   def _end_stage(self, stage: Stage) -> None:
     if self.kept is not None:
-      self.moving = dataclasses.replace(self.moving, **self.kept)
+      self._return(self.kept)
       self.kept = None
     state = self._state()
     if stage.remember:
@@ -308,7 +309,18 @@ class Loop:
     return {
       'trainable': self.moving.trainable,
       'model_state': self.moving.model_state,
+      'averages': find_averages(self.moving.opt_state),
     }
+
+  def _return(self, kept: dict[str, Any]) -> None:
+    """Puts back what `_leaves` gave at the best evaluation."""
+    averages = kept['averages']
+    self.moving = dataclasses.replace(
+      self.moving,
+      trainable=kept['trainable'],
+      model_state=kept['model_state'],
+      opt_state=put_averages(self.moving.opt_state, averages),
+    )
 
   def _rate(self) -> float:
     return self.examples / self.seconds if self.seconds else 0.0
