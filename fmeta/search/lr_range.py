@@ -149,10 +149,10 @@ def _range(rates, losses, smoothing, stop) -> Range:
       f'the loss is {losses[0]} before the first step of the range test; '
       'check the model and the data'
     )
-  rates, losses = rates[:size], losses[:size]
-  smoothed = smooth(losses, smoothing)
+  smoothed = smooth(losses[:size], smoothing)
   suggestion = float(rates[smoothed.argmin()] / 10)
-  return Range(rates, losses, smoothed, suggestion, size < len(rates))
+  diverged = size < len(losses)
+  return Range(rates[:size], losses[:size], smoothed, suggestion, diverged)
 
 
 def _check(low, high, num_steps, smoothing, stop, steps_per_dispatch) -> None:
