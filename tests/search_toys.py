@@ -8,7 +8,7 @@ from fmeta import optim
 from fmeta.learner import finetune
 from fmeta.types import Aux
 
-PARAMS = {'x': jnp.array([1.0, -2.0, 0.5])}
+PARAMS = {'x': np.array([1.0, -2.0, 0.5], np.float32)}
 CURVATURE = np.array([1.0, 0.5, 2.0], np.float32)
 
 
