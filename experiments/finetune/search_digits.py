@@ -22,15 +22,13 @@ Measured: experiments/README.md.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
 
 import fmeta
 from experiments.common import Seeds, trial
-from fmeta import data, evaluate, metrics, models, optim, search
-from fmeta.datasets import digits
+from experiments.finetune.searches import Bench, Search
+from fmeta import data, metrics, search
 from fmeta.report import Panel, Row, terminal_table
 from fmeta.search.halving import num_steps
 from fmeta.workdir import Context
@@ -69,115 +67,17 @@ class Config:
 
 SMALL = {
   'seeds': 1,
+  'rows': (REFERENCE, 'range test', 'halving', 'population'),
   'hidden': 8,
   'steps': 16,
   'trials': 4,
-  'halving_trials': 8,
+  'halving_trials': 4,
   'eta': 2,
+  'depth': 1,
   'rounds': 2,
   'ramp_steps': 8,
   'steps_per_dispatch': 8,
 }
-
-
-class Bench:
-  """Data, model and the programs that all rows and seeds share."""
-
-  def __init__(self, config: Config, context: Context):
-    self.config, self.context = config, context
-    splits = digits.load(context.data_dir)
-    # By rank, like the test split: neighbours tend to share their writer.
-    count = config.train_examples
-    self.train = data.take(splits['train'], slice(0, count))
-    held_out = data.take(splits['train'], slice(count, None))
-    self.test = splits['test']
-    self.module = models.Mlp((config.hidden,), 10)
-    self.forward = models.forward(self.module, ('image',))
-    loss = fmeta.supervised(self.forward, fmeta.softmax_cross_entropy)
-    self.learner = self._learner_of(loss)
-    self.trials = search.Trials(self.learner)
-    validation = data.eval_batches(held_out, len(held_out['label']))
-    self.score = search.validation(self.trials, loss, validation)
-
-  def _learner_of(self, loss) -> Callable[[Any], fmeta.Learner]:
-    def learner(hyper):
-      rates = (('head/.*', hyper['head']), ('.*', 1.0))
-      optimizer = optim.adamw(
-        hyper['rate'], weight_decay=hyper['decay'], multipliers=rates
-      )
-      return fmeta.finetune(loss, optimizer)
-
-    return learner
-
-  def box(self) -> dict[str, tuple[float, float]]:
-    """What is searched, and between which ends."""
-    config = self.config
-    return {'rate': config.rate, 'decay': config.decay, 'head': config.head}
-
-  def budget(self) -> int:
-    """Training steps that a row may spend."""
-    return self.config.trials * self.config.steps
-
-  def test_correct(self, state: fmeta.TrainState) -> list[float]:
-    """1.0 where the chosen model is right."""
-    batches = data.eval_batches(self.test, len(self.test['label']))
-    found = evaluate.evaluate(self.forward, state.trainable, {}, batches)
-    return found.correct.tolist()
-
-
-class Search:
-  """One seed of one row."""
-
-  def __init__(self, bench: Bench, seed: int, name: str):
-    config = bench.config
-    self.bench, self.number = bench, seed
-    self.rng = jax.random.key(config.seed.train + seed)
-    self.batches = data.batches(
-      bench.train, config.batch_size, config.seed.data + seed
-    )
-    self.params, _ = models.init(
-      bench.module,
-      jax.random.key(config.seed.init + seed),
-      bench.train,
-      ('image',),
-    )
-    self.ledger = search.Ledger(
-      bench.context.workdir / 'ledger' / name / f'seed_{seed}'
-    )
-
-  def draw(self, size: int, **narrower: tuple[float, float]) -> dict:
-    """Random settings of this seed."""
-    ranges = {**self.bench.box(), **narrower}
-    return search.log_uniform(self.number, size, **ranges)
-
-  def start(self, hyper) -> fmeta.TrainState:
-    """All settings start from this seed's weights."""
-    return self.bench.trials.init(self.params, hyper, self.rng)
-
-  def halve(self, hyper, plan) -> search.Halved:
-    """Trains settings through the rungs of a plan."""
-    return search.halving(
-      self.bench.trials,
-      self.start(hyper),
-      hyper,
-      self.batches,
-      self.rng,
-      self.bench.score,
-      plan,
-      ledger=self.ledger,
-    )
-
-  def chosen(self, state, score: float, steps: int) -> dict:
-    """What a row reports."""
-    assert steps <= self.bench.budget(), (steps, self.bench.budget())
-    correct = self.bench.test_correct(state)
-    return {'correct': correct, 'validation': score, 'steps': steps}
-
-  def best_of(self, hyper, spent: int = 0) -> dict:
-    """Trains all settings to the end and takes the best."""
-    plan = [search.Rung(len(hyper['rate']), self.bench.config.steps)]
-    found = self.halve(hyper, plan)
-    return self.chosen(found.state, found.score, spent + num_steps(plan))
 
 
 def fixed_grid(task: Search) -> dict:
@@ -232,8 +132,9 @@ def halving(task: Search) -> dict:
   plan = search.rungs(
     config.halving_trials, config.steps, eta=config.eta, depth=config.depth
   )
+  steps = task.bench.afford(num_steps(plan))
   found = task.halve(task.draw(config.halving_trials), plan)
-  return task.chosen(found.state, found.score, num_steps(plan))
+  return task.chosen(found.state, found.score, steps)
 
 
 def population(task: Search) -> dict:
