@@ -8,7 +8,7 @@ import search_toys as toys
 from fmeta import search
 from fmeta.errors import UsageError
 from fmeta.search.halving import num_steps
-from fmeta.testing import assert_same
+from fmeta.testing import assert_close, assert_same
 from fmeta.train import Diverged
 
 RNG = jax.random.key(0)
@@ -77,6 +77,21 @@ def test_the_survivor_is_its_own_sequential_run(found):
 
 def test_each_rung_is_traced_once(found):
   assert found[1] == len(PLAN)
+
+
+def test_eight_trials_on_eight_devices_are_those_of_one():
+  trials = search.Trials(toys.plain_of)
+  hyper, rngs = {'rate': np.geomspace(0.01, 0.5, 8)}, search.keys(range(8))
+  state = trials.init(toys.PARAMS, hyper, rngs)
+  expected, _ = trials.run(state, hyper, toys.batches, rngs, 3)
+  auto = jax.sharding.AxisType.Auto
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(auto,))
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  found, _ = trials.run(
+    jax.device_put(state, spread), hyper, toys.batches, rngs, 3
+  )
+  assert len(found.trainable['x'].sharding.device_set) == 8
+  assert_close(expected, found, '8 devices = 1', 1e-5)
 
 
 def test_a_plan_follows_algorithm_one_of_hyperband():
