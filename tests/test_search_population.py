@@ -160,6 +160,17 @@ def test_a_resumed_population_is_bitwise_the_uninterrupted_one(
     np.testing.assert_array_equal(one['hyper']['rate'], other['hyper']['rate'])
 
 
+def test_bounds_may_be_infinite_in_a_ledger_too(tmp_path):
+  ledger = search.Ledger(tmp_path)
+  open_ended = {'bounds': {'rate': [0.0, float('inf')]}}
+  ledger.require('search', open_ended)
+  ledger.require('search', open_ended)
+  with pytest.raises(UsageError, match="another 'bounds'"):
+    ledger.require('search', {'bounds': {'rate': [0.0, 1.0]}})
+  assert ledger.once('nothing', lambda: None) is None
+  assert ledger.once('nothing', lambda: 1) is None
+
+
 def _bad(exploration=EXPLORATION, hyper=HYPER, interval=1):
   search.population(
     None, None, hyper, None, RNG, None, exploration, interval=interval,

@@ -49,8 +49,9 @@ class Ledger:
 
     Args:
       name: of the entry, for example 'trial_3'.
-      run: gives something JSON can hold. What comes back is what JSON made of
-        it, now and after a resume.
+      run: gives something JSON can hold (infinite bounds included, as Python
+        writes them). What comes back is what JSON made of it, now and after a
+        resume.
 
     Raises:
       UsageError: if the entry is there and cannot be read.
@@ -59,7 +60,7 @@ class Ledger:
     if found is None:
       self._write(name, run())
       found = self._read(name)
-    return found
+    return found['result']
 
   def once_with_arrays(
     self, name: str, run: Callable[[], tuple[Any, Any]], target: Any
@@ -79,13 +80,14 @@ class Ledger:
     if found is not None:
       named = load_file(path)
       require_same(named, by_name(target), path)
-      return found, jax.tree.map(jax.numpy.asarray, like(target, named))
+      arrays = jax.tree.map(jax.numpy.asarray, like(target, named))
+      return found['result'], arrays
     result, arrays = run()
     named = {k: np.asarray(v) for k, v in by_name(arrays).items()}
     self._replace(path, lambda partial: save_file(named, partial))
     # Last: the entry exists from here on.
     self._write(name, result)
-    return self._read(name), arrays
+    return self._read(name)['result'], arrays
 
   def require(self, name: str, settings: Any) -> None:
     """Writes what a search was asked, and holds a resumed one to it.
@@ -106,17 +108,17 @@ class Ledger:
   def _read(self, name: str) -> Any:
     path = self.folder / f'{name}.json'
     try:
-      return json.loads(path.read_text())['result']
+      return json.loads(path.read_text())
     except FileNotFoundError:
       return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
       raise UsageError(
         f'entry {str(path)!r} of the ledger cannot be read; delete it to run '
         'it again'
       ) from error
 
   def _write(self, name: str, result: Any) -> None:
-    text = json.dumps({'result': result}, allow_nan=False)
+    text = json.dumps({'result': result})
     self._replace(
       self.folder / f'{name}.json', lambda partial: partial.write_text(text)
     )

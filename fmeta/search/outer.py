@@ -36,7 +36,8 @@ def optuna_search(
   Killed and called again with the same arguments it repeats no finished trial;
   the one that was running is tried again with the same settings. The proposals
   are a function of (seed, finished trials), so the resumed search is the
-  uninterrupted one. One process at a time.
+  uninterrupted one. One process at a time; if a kill leaves the journal's lock
+  behind, Optuna takes it over after half a minute.
 
   Args:
     objective: `{name: value} -> float`. Not finite, or `Diverged`, counts as

@@ -120,7 +120,8 @@ def sources(scores: Scores, exploration: Exploration, index: int) -> list[int]:
     index: of the round.
   """
   size = len(scores)
-  count = max(1, int(exploration.share * size))
+  # Rounded: 0.29 * 100 is below 29.
+  count = max(1, int(round(exploration.share * size, 6)))
   order = ranking(scores)
   best = [k for k in order[:count] if scores[k] is not None]
   worst = {*order[-count:], *(k for k in order if scores[k] is None)}
@@ -194,6 +195,7 @@ def _settings(hyper, exploration: Exploration, interval: int) -> dict:
     'hyper': {name: values.tolist() for name, values in hyper.items()},
     'interval': interval,
     **exploration._asdict(),
+    'bounds': {k: [float(x) for x in v] for k, v in exploration.bounds.items()},
   }
 
 
