@@ -160,17 +160,21 @@ def test_stratified_guarantees_are_those_of_scikit_learn():
     assert (np.abs(class_counts(columns, rows) - 0.2 * total) < 1).all()
 
 
-@pytest.mark.parametrize('seed', range(3))
-def test_stratified_groups_are_as_even_as_those_of_scikit_learn(seed):
+def test_stratified_groups_are_as_even_as_those_of_scikit_learn():
   from sklearn.model_selection import StratifiedGroupKFold
 
-  columns = make_columns(seed=seed)
-  folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-  parts = folds.split(columns['label'], columns['label'], columns['group'])
-  theirs = imbalance(columns, [test for _, test in parts], [0.2] * 5)
   fifths = {str(k): 0.2 for k in range(5)}
-  ours = data.stratified_grouped(columns, fifths, 0)
-  assert imbalance(columns, ours.values(), [0.2] * 5) < 1.5 * theirs
+  ours, theirs = [], []
+  for seed in range(6):
+    columns = make_columns(seed=seed)
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    parts = folds.split(columns['label'], columns['label'], columns['group'])
+    parts = [test for _, test in parts]
+    theirs.append(imbalance(columns, parts, [0.2] * 5))
+    parts = data.stratified_grouped(columns, fifths, 0).values()
+    ours.append(imbalance(columns, parts, [0.2] * 5))
+  # Measured 2026-11-24: .0141 against .0130.
+  assert np.mean(ours) < 1.2 * np.mean(theirs)
 
 
 @pytest.mark.parametrize(
