@@ -17,7 +17,6 @@ Images are near-duplicates if their difference hashes differ in few bits and
 their pixels correlate (`near_images`).
 """
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -254,5 +253,7 @@ def _correlations(flat, first, second) -> np.ndarray:
     a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
     scale = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
     shared = (a * b).sum(axis=1)
-    parts.append(np.divide(shared, scale, np.zeros_like(scale), where=scale > 0))
+    parts.append(
+      np.divide(shared, scale, np.zeros_like(scale), where=scale > 0)
+    )
   return np.concatenate(parts)

@@ -13,6 +13,8 @@ import numpy as np
 from fmeta.draw import SPLIT, permutation
 from fmeta.errors import UsageError
 
+_EPOCHS = 10  # of the classifier; untuned
+
 
 def confident_errors(
   probabilities: np.ndarray, labels: np.ndarray
@@ -61,35 +63,57 @@ def out_of_fold(
   groups: np.ndarray,
   folds: int = 5,
   seed: int = 0,
-  inverse_strength: float = 10.0,
+  strength: float = 1e-4,
 ) -> np.ndarray:
   """Probabilities by logistic regression on the other folds, [N, C].
 
+  One class against the rest, by averaged stochastic gradient descent: for
+  CLINC150 a tenth of the time of L-BFGS on the softmax, and no worse
+  (one fold: .941 against .934 accuracy, 2026-11-24).
+
   Args:
-    features: [N, D], dense or sparse.
+    features: [N, D], sparse or dense, rows of length about one (`scaled`).
     labels: [N] in [0, C).
     groups: [N]; what has the same group is never on both sides of a fold.
       Copies of one example must share theirs, or they vouch for each other.
     folds: how many (5: untuned).
-    seed: of the folds.
-    inverse_strength: scikit-learn's C (10: of the probes in BUILD's data;
-      untuned here).
+    seed: of the folds and the solver.
+    strength: of the L2 penalty. With 10% of labels flipped, 1e-4 was better
+      than 1e-5 on docparams (precision .38 against .31, recall .61 and .71).
 
   Raises:
-    UsageError: if there are fewer groups than folds, or fewer than 2 folds.
+    UsageError: if there are fewer groups than folds, fewer than two folds, or
+      a fold whose rest has one class.
   """
-  from sklearn.linear_model import LogisticRegression
+  from sklearn.linear_model import SGDClassifier
 
   fold = _folds(groups, folds, seed)
-  classes = np.asarray(labels).max() + 1
-  out = np.zeros((len(labels), classes))
+  out = np.zeros((len(labels), np.max(labels) + 1))
   for index in range(folds):
     held = fold == index
-    # Loose: ranks are wanted, not the last digit (see the test's recall).
-    model = LogisticRegression(C=inverse_strength, tol=1e-3, max_iter=50)
+    if len(np.unique(labels[~held])) < 2:
+      raise UsageError(
+        f'without fold {index} of {folds} one class is left; give more '
+        'examples or fewer folds'
+      )
+    model = SGDClassifier(
+      loss='log_loss',
+      alpha=strength,
+      average=True,
+      max_iter=_EPOCHS,
+      tol=None,
+      random_state=seed,
+    )
     model.fit(features[~held], labels[~held])
     out[np.ix_(held, model.classes_)] = model.predict_proba(features[held])
   return out
+
+
+def scaled(features: np.ndarray) -> np.ndarray:
+  """Rows of mean squared length one, so that one strength serves all."""
+  features = np.asarray(features, np.float32)
+  squared = np.mean(np.sum(features**2, axis=1))
+  return features / np.sqrt(max(float(squared), 1e-24))
 
 
 def _folds(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:

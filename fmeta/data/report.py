@@ -1,0 +1,335 @@
+"""Everything the report says of a data set, as one JSON-able dict.
+
+`measure(source)` is pure; `fmeta.data.findings` puts it into words,
+`fmeta.data.pictures` and `fmeta.data.page` draw it.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fmeta.data import checks, duplicates, label_errors
+from fmeta.data.reading import Source
+from fmeta.errors import UsageError
+
+_SHOWN = 20  # examples of each kind that are listed
+# Rows x features x classes of a dense problem above which label errors are
+# not looked for: about ten minutes on one core (untuned).
+_MOST_WORK = 2e10
+_BINS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What one may change about the report.
+
+  Attributes:
+    reference: the split that others are compared with; None: 'train', or the
+      first split where there is none.
+    threshold: of text similarity, see `duplicates.near_texts`.
+    folds: of the search for label errors; 0 leaves it out.
+    seed: of the folds and the solver.
+    tokenizer: counts tokens instead of words (`text.load_tokenizer`).
+    features: [rows of all splits, D] instead of TF-IDF or pixels.
+  """
+
+  reference: str | None = None
+  threshold: float = duplicates.TEXT_THRESHOLD
+  folds: int = 5
+  seed: int = 0
+  tokenizer: Any = None
+  features: np.ndarray | None = None
+
+
+def measure(source: Source, options: Options | None = None) -> dict[str, Any]:
+  """Measures balance, sizes, copies, conflicts, vocabulary, groups, labels.
+
+  Args:
+    source: the data set.
+    options: see `Options`.
+
+  Returns:
+    A dict of numbers, names and lists, ready for `json.dumps` but for numpy
+    scalars and arrays.
+
+  Raises:
+    UsageError: if an option does not fit the data.
+  """
+  options = options or Options()
+  reference = _reference(source, options.reference)
+  counts = checks.class_counts(source.splits, len(source.classes))
+  unique = checks.unique(source.splits, source.kind)
+  out = {
+    'name': source.name,
+    'kind': source.kind,
+    'reference': reference,
+    'splits': {k: len(c['label']) for k, c in source.splits.items()},
+    'classes': list(source.classes),
+    'balance': dict(zip(source.splits, counts.tolist(), strict=True)),
+    'copies': _copies(source, unique, options),
+    'conflicts': _conflicts(source, unique),
+    'label_errors': _label_errors(source, unique, options),
+  }
+  if source.kind == 'text':
+    out['lengths'] = _lengths(source, options.tokenizer)
+    out['unseen'] = _unseen(source, reference)
+  else:
+    out['images'] = _images(source)
+  if source.grouped:
+    out['groups'] = _groups(source)
+  return out
+
+
+def _reference(source: Source, name: str | None) -> str:
+  names = list(source.splits)
+  if name is None:
+    return 'train' if 'train' in names else names[0]
+  if name not in names:
+    raise UsageError(f'no split {name!r} to compare with; possible: {names}')
+  return name
+
+
+class _Rows:
+  """Row number of all splits together -> where it is and what it holds."""
+
+  def __init__(self, source: Source):
+    self.names = list(source.splits)
+    sizes = [len(c['label']) for c in source.splits.values()]
+    self.starts = np.concatenate([[0], np.cumsum(sizes)])
+    self.labels = checks.pooled(source.splits, 'label')
+    self.classes = source.classes
+    text = source.kind == 'text'
+    self.texts = checks.pooled(source.splits, 'text') if text else None
+
+  def describe(self, row: int) -> dict[str, Any]:
+    """Split, row within it, label and, for texts, the text."""
+    index = int(np.searchsorted(self.starts, row, side='right')) - 1
+    out = {
+      'split': self.names[index],
+      'row': int(row - self.starts[index]),
+      'label': self.classes[self.labels[row]],
+    }
+    return out if self.texts is None else {**out, 'text': self.texts[row]}
+
+
+def _copies(source: Source, unique: checks.Unique, options: Options) -> dict:
+  values = checks.pooled(source.splits, source.kind)[unique.first]
+  if source.kind == 'text':
+    pairs = duplicates.near_texts(values, options.threshold)
+    rule = {'threshold': options.threshold, 'shingle': duplicates.SHINGLE}
+  else:
+    pairs = duplicates.near_images(values)
+    rule = {
+      'threshold': duplicates.IMAGE_THRESHOLD,
+      'bits': duplicates.IMAGE_BITS,
+    }
+  found = checks.copies(unique.counts(len(source.splits)), pairs)
+  return {
+    'rule': rule,
+    'equal': found.equal,
+    'near': found.near,
+    'equal_pairs': _equal_examples(source, unique),
+    'near_pairs': _near_examples(source, unique, pairs),
+  }
+
+
+def _equal_examples(source: Source, unique: checks.Unique) -> list[list[dict]]:
+  """Two rows each of repeated examples, those across splits first."""
+  rows = _Rows(source)
+  order = np.argsort(unique.code, kind='stable')
+  same = unique.code[order][1:] == unique.code[order][:-1]
+  first, second = order[:-1][same], order[1:][same]
+  across = unique.split[first] != unique.split[second]
+  best = np.argsort(~across, kind='stable')[:_SHOWN]
+  return [[rows.describe(first[k]), rows.describe(second[k])] for k in best]
+
+
+def _near_examples(
+  source: Source, unique: checks.Unique, pairs: duplicates.Pairs
+) -> list[list[Any]]:
+  """Similarity and a row each, across splits first, then the most similar."""
+  rows = _Rows(source)
+  first, second = unique.first[pairs.first], unique.first[pairs.second]
+  across = unique.split[first] != unique.split[second]
+  best = np.lexsort((-pairs.similarity, ~across))[:_SHOWN]
+  return [
+    [
+      float(pairs.similarity[k]),
+      rows.describe(first[k]),
+      rows.describe(second[k]),
+    ]
+    for k in best
+  ]
+
+
+def _conflicts(source: Source, unique: checks.Unique) -> dict[str, Any]:
+  rows = _Rows(source)
+  values = unique.code.tolist()
+  if rows.texts is not None:
+    # A text without a word conflicts with itself alone.
+    values = [
+      duplicates.normalise(text) or code
+      for text, code in zip(rows.texts, values, strict=True)
+    ]
+  found = checks.conflicts(values, rows.labels)
+  examples = [[rows.describe(row) for row in some] for _, some in found]
+  return {
+    'values': len(found),
+    'rows': sum(len(some) for _, some in found),
+    'examples': examples[:_SHOWN],
+  }
+
+
+def _label_errors(
+  source: Source, unique: checks.Unique, options: Options
+) -> dict[str, Any]:
+  rows = _Rows(source)
+  features, what = _features(source, options)
+  reason = _too_much(features, options.folds, len(source.classes))
+  if reason:
+    return {'left_out': reason}
+  groups = unique.code
+  if source.grouped:
+    groups = checks.pooled(source.splits, 'group').astype(str)
+  probabilities = label_errors.out_of_fold(
+    features, rows.labels, groups, options.folds, options.seed
+  )
+  found, suggested = label_errors.confident_errors(probabilities, rows.labels)
+  right = probabilities.argmax(1) == rows.labels
+  own = probabilities[found, rows.labels[found]]
+  listed = [
+    {
+      **rows.describe(row),
+      'confidence': float(p),
+      'suggested': source.classes[other],
+      'suggested_confidence': float(probabilities[row, other]),
+    }
+    for row, other, p in zip(found, suggested, own, strict=True)
+  ]
+  return {
+    'features': what,
+    'folds': options.folds,
+    'accuracy': float(right.mean()),
+    'count': len(found),
+    'by_split': {
+      name: sum(item['split'] == name for item in listed)
+      for name in source.splits
+    },
+    'pairs': _most_confused(rows.labels[found], suggested, source.classes),
+    'found': listed,
+  }
+
+
+def _features(source: Source, options: Options) -> tuple[Any, str]:
+  values = checks.pooled(source.splits, source.kind)
+  if options.features is not None:
+    features = np.asarray(options.features)
+    if features.ndim != 2 or len(features) != len(values):
+      raise UsageError(
+        f'features have shape {features.shape}; give one row for each of the '
+        f'{len(values)} rows of all splits, in their order'
+      )
+    return label_errors.scaled(features), 'the given features'
+  if source.kind == 'text':
+    return label_errors.tfidf(values), 'TF-IDF of words and word pairs'
+  return label_errors.scaled(values.reshape(len(values), -1)), 'pixels'
+
+
+def _too_much(features: Any, folds: int, num_classes: int) -> str:
+  if folds == 0:
+    return 'folds is 0'
+  if num_classes < 2:
+    return 'there is one class'
+  work = features.shape[0] * features.shape[1] * num_classes
+  if isinstance(features, np.ndarray) and work > _MOST_WORK:
+    size = ' x '.join(f'{n:,}' for n in (*features.shape, num_classes))
+    return f'{size} (rows, features, classes) would take too long'
+  return ''
+
+
+def _most_confused(labels, suggested, classes) -> list[list[Any]]:
+  codes, counts = np.unique(
+    labels * len(classes) + suggested, return_counts=True
+  )
+  best = np.argsort(-counts, kind='stable')[:_SHOWN]
+  return [
+    [classes[codes[k] // len(classes)], classes[codes[k] % len(classes)]]
+    + [int(counts[k])]
+    for k in best
+  ]
+
+
+def _lengths(source: Source, tokenizer: Any) -> dict[str, Any]:
+  lengths, unknown = {}, {}
+  for name, columns in source.splits.items():
+    if tokenizer is None:
+      lengths[name] = np.array([len(checks.words(t)) for t in columns['text']])
+    else:
+      coded = tokenizer.encode_batch_fast([str(t) for t in columns['text']])
+      lengths[name] = np.array([len(e.ids) for e in coded])
+      strange = sum(e.ids.count(tokenizer.token_to_id('[UNK]')) for e in coded)
+      unknown[name] = strange / max(int(lengths[name].sum()), 1)
+  out = {
+    'unit': 'words' if tokenizer is None else 'tokens',
+    'summary': {name: checks.summary(x) for name, x in lengths.items()},
+    'empty': {
+      name: sum(not t.strip() for t in c['text'])
+      for name, c in source.splits.items()
+    },
+    'histogram': _histogram(lengths, whole=True),
+  }
+  return {**out, 'unknown_tokens': unknown} if tokenizer else out
+
+
+def _histogram(values: dict[str, np.ndarray], whole: bool) -> dict[str, Any]:
+  """Shares per bin and split; the last bin takes all that is longer."""
+  together = np.concatenate(list(values.values()))
+  low, high = float(together.min()), float(np.percentile(together, 99.5))
+  step = (high - low) / _BINS
+  if whole:
+    low, step = np.floor(low), np.ceil(max(step, 1))
+  edges = low + max(step, 1e-6) * np.arange(_BINS + 1)
+  edges = edges[: max(int(np.searchsorted(edges, high, side='right')) + 1, 2)]
+  shares = {}
+  for name, x in values.items():
+    counts, _ = np.histogram(np.minimum(x, edges[-1] - 1e-9), edges)
+    shares[name] = counts / len(x)
+  return {'edges': edges, 'shares': shares}
+
+
+def _unseen(source: Source, reference: str) -> dict[str, Any]:
+  known = source.splits[reference]['text']
+  out = {}
+  for name, columns in source.splits.items():
+    if name != reference:
+      kinds, running, most = checks.unseen_words(known, columns['text'])
+      out[name] = {
+        'distinct': kinds,
+        'running': running,
+        'most': [list(item) for item in most[:_SHOWN]],
+      }
+  return out
+
+
+def _images(source: Source) -> dict[str, Any]:
+  means, sizes, constant = {}, {}, {}
+  for name, columns in source.splits.items():
+    flat = columns['image'].reshape(len(columns['image']), -1)
+    means[name] = flat.mean(1, dtype=np.float64)
+    sizes[name] = list(columns['image'].shape[1:])
+    constant[name] = int((flat.max(1) == flat.min(1)).sum())
+  return {
+    'size': sizes,
+    'constant': constant,
+    'summary': {name: checks.summary(x) for name, x in means.items()},
+    'histogram': _histogram(means, whole=False),
+  }
+
+
+def _groups(source: Source) -> dict[str, Any]:
+  shared = checks.shared_groups(source.splits)
+  return {
+    'count': {k: len(set(c['group'])) for k, c in source.splits.items()},
+    'shared': [[a, b, len(g), g[:_SHOWN]] for (a, b), g in shared.items()],
+  }
