@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 # Untuned: what is worth a line under "look at this first".
 _UNEVEN = 10  # largest class over smallest
+_REPEATED = 0.01  # share of rows
 _UNSEEN = 0.1  # share of running words
 _UNSURE = 0.5  # accuracy out of fold
 _WIDTH = 100
@@ -46,33 +47,38 @@ def _across(numbers):
   for first, second, equal, near in across(numbers):
     if not equal + near:
       continue
-    some = True
-    size = numbers['splits'][second]
-    parts = [f'{equal:,} stand in {first} as they are'] if equal else []
-    parts += [f'{near:,} nearly' + ('' if equal else f' stand in {first}')]
-    text = ', '.join(parts if near else parts[:1])
+    some, size = True, numbers['splits'][second]
+    counted = [f'{equal:,} of {size:,} {noun}s equal'] if equal else []
+    if near:
+      counted.append(
+        f'{near:,} nearly equal'
+        if equal
+        else f'{near:,} of {size:,} {noun}s nearly equal'
+      )
     share = f'{100 * (equal + near) / size:.2g}%'
     yield Finding(
-      True, f'Leakage: of the {size:,} {noun}s of {second}, {text} ({share}).'
+      True,
+      f'Leakage from {first} into {second}: {", ".join(counted)} ({share}).',
     )
   if not some and len(numbers['splits']) > 1:
     yield Finding(False, f'No {noun} stands in two splits, nearly or exactly.')
 
 
 def _within(numbers):
+  noun = _noun(numbers)
   for k, (name, size) in enumerate(numbers['splits'].items()):
     equal = int(numbers['copies']['equal'][k][k])
     near = int(numbers['copies']['near'][k][k])
     if equal:
       yield Finding(
-        equal > 0.01 * size,
-        f'{name} repeats {equal:,} of its {size:,} {_noun(numbers)}s.',
+        equal > _REPEATED * size,
+        f'Repeated {noun}s in {name}: {equal:,} of {size:,}.',
       )
     if near:
       yield Finding(
         False,
-        f'{near:,} of the {size:,} {_noun(numbers)}s of {name} have a '
-        'near-duplicate in it.',
+        f'With a near-duplicate in {name} itself: {near:,} of {size:,} '
+        f'{noun}s.',
       )
 
 
@@ -81,8 +87,8 @@ def _conflicts(numbers):
   if found['values']:
     yield Finding(
       True,
-      f'{found["values"]:,} {_noun(numbers)}s bear two labels or more '
-      f'({found["rows"]:,} rows).',
+      f'Conflicting labels: {found["rows"]:,} rows that are only '
+      f'{found["values"]:,} different {_noun(numbers)}s.',
     )
 
 
@@ -114,7 +120,7 @@ def _balance(numbers):
     if strange:
       yield Finding(
         True,
-        f'{name} has {len(strange):,} classes that {reference} lacks, '
+        f'Classes of {name} that {reference} lacks: {len(strange):,}, '
         f'{strange[0]!r} among them.',
       )
     present = [n for n in counts if n]
@@ -132,7 +138,7 @@ def _groups(numbers):
   for first, second, count, some in numbers['groups']['shared']:
     yield Finding(
       True,
-      f'Leakage: {count:,} groups have rows in both {first} and {second}, '
+      f'Leakage: groups with rows in {first} and {second}: {count:,}, '
       f'{some[0]!r} among them.',
     )
   if not numbers['groups']['shared']:
@@ -142,7 +148,7 @@ def _groups(numbers):
 def _empty(numbers):
   for name, count in numbers['lengths']['empty'].items():
     if count:
-      yield Finding(True, f'{count:,} texts of {name} are empty.')
+      yield Finding(True, f'Empty texts in {name}: {count:,}.')
 
 
 def _unseen(numbers):
@@ -157,7 +163,7 @@ def _unseen(numbers):
 def _constant(numbers):
   for name, count in numbers['images']['constant'].items():
     if count:
-      yield Finding(True, f'{count:,} images of {name} are of one colour.')
+      yield Finding(True, f'Images of one colour in {name}: {count:,}.')
 
 
 def overview(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

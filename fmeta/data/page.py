@@ -13,7 +13,7 @@ from fmeta.report.sheet import document, image, safe, table
 from fmeta.report.style import Picture
 from fmeta.workdir import write_json
 
-_SHOWN = 20
+_SHOWN = 10
 _LETTERS = 160  # of a text in a table
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fmeta.report import style
 from fmeta.report.style import Picture
@@ -98,6 +98,7 @@ def sizes(histogram: Mapping[str, Any], label: str, last: bool) -> Picture:
         color=_colour(k),
       )
     axes.set_xlabel(label + (' (the last bin: and more)' if last else ''))
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=last))
     axes.set_ylabel('share of rows')
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlim(edges[0], edges[-1])
@@ -177,4 +178,11 @@ def _short(text: str, width: int) -> str:
 
 def _legend(axes: Axes, count: int) -> None:
   if count > 1:
-    axes.legend(frameon=False)
+    # Above the axes, where no bar or line can reach it.
+    axes.legend(
+      frameon=False,
+      loc='lower left',
+      bbox_to_anchor=(0, 1),
+      ncols=min(count, 4),
+      borderaxespad=0.2,
+    )

@@ -152,6 +152,7 @@ def _near_examples(
   rows = _Rows(source)
   first, second = unique.first[pairs.first], unique.first[pairs.second]
   across = unique.split[first] != unique.split[second]
+  first, second = np.minimum(first, second), np.maximum(first, second)
   best = np.lexsort((-pairs.similarity, ~across))[:_SHOWN]
   return [
     [
@@ -283,9 +284,10 @@ def _lengths(source: Source, tokenizer: Any) -> dict[str, Any]:
 
 
 def _histogram(values: dict[str, np.ndarray], whole: bool) -> dict[str, Any]:
-  """Shares per bin and split; the last bin takes all that is longer."""
+  """Shares per bin and split; of whole numbers the last bin has no end."""
   together = np.concatenate(list(values.values()))
-  low, high = float(together.min()), float(np.percentile(together, 99.5))
+  low = float(together.min())
+  high = float(np.percentile(together, 99.5 if whole else 100))
   step = (high - low) / _BINS
   if whole:
     low, step = np.floor(low), np.ceil(max(step, 1))

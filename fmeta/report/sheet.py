@@ -28,6 +28,7 @@ section, .answers { background: #fff; border: 1px solid #d8dee4;
 .answer { margin: 0 0 16px; }
 img { display: block; max-width: 100%; height: auto; margin: 8px auto 16px; }
 .wide { overflow-x: auto; }
+.wide + .wide, img + .wide { margin-top: 20px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: #57606a; font-size: 13px;
