@@ -91,11 +91,14 @@ def test_brightness_moves_the_mean_and_contrast_keeps_it():
 
 
 def test_an_augmentation_is_a_function_of_its_key():
-  change = augment_images.crop(1)
-  np.testing.assert_array_equal(apply(change), apply(change))
-  assert (apply(change) != apply(change, seed=1)).any()
-  same = np.repeat(IMAGES[:1], 32, 0)
-  assert len(np.unique(apply(change, same), axis=0)) > 4
+  run = jax.jit(augment_images.images(augment_images.crop(1)))
+  same = {'image': np.repeat(IMAGES[:1], 32, 0)}
+  first, again, other = (
+    np.asarray(run(same, jax.random.key(seed))['image']) for seed in (0, 0, 1)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any()
+  assert len(np.unique(first, axis=0)) > 4  # a key for every example
 
 
 def test_images_that_cannot_be_augmented_are_refused():
