@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmeta.data.augment import Augment
-from fmeta.data.columns import Columns, check_columns, column
+from fmeta.data.columns import Columns, Texts, check_columns, column
 from fmeta.draw import VARIANT, random_words
 from fmeta.errors import UsageError
 from fmeta.types import Array, Scalar
@@ -165,7 +165,7 @@ def _typo(word: str, where: float, kind: float) -> str:
 
 
 def variant(
-  texts: Sequence[str], noises: Sequence[Noise], seed: int, index: int
+  texts: Texts, noises: Sequence[Noise], seed: int, index: int
 ) -> np.ndarray:
   """The index-th variation of each text, object [N].
 

@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse
 
 from fmeta.data import duplicates
+from fmeta.data.columns import Texts
 
 Splits = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -120,7 +121,7 @@ def words(text: str) -> list[str]:
 
 
 def unseen_words(
-  reference: Sequence[str], texts: Sequence[str]
+  reference: Texts, texts: Texts
 ) -> tuple[float, float, list[tuple[str, int]]]:
   """How much of the vocabulary of texts the reference never shows.
 

@@ -1,7 +1,7 @@
 """Columns: a mapping from names to numpy arrays of one leading length N."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from fmeta.errors import UsageError, suggest
 
 Columns = Mapping[str, np.ndarray]
+Texts = Sequence[str] | np.ndarray  # of strings
 
 
 def check_columns(columns: Columns) -> int:

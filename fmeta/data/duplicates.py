@@ -19,12 +19,12 @@ their pixels correlate (`near_images`).
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
 
+from fmeta.data.columns import Texts
 from fmeta.errors import UsageError
 
 SHINGLE = 4  # letters, untuned
@@ -59,9 +59,7 @@ def normalise(text: str) -> str:
   return ' '.join(re.findall(r'\w+', folded))
 
 
-def near_texts(
-  texts: Sequence[str], threshold: float = TEXT_THRESHOLD
-) -> Pairs:
+def near_texts(texts: Texts, threshold: float = TEXT_THRESHOLD) -> Pairs:
   """All pairs whose shingles have Jaccard similarity >= threshold.
 
   Texts are normalised first, so that pairs which differ in case, spacing or
@@ -88,7 +86,7 @@ def near_texts(
   return Pairs(first[kept], second[kept], similarity[kept])
 
 
-def _shingles(texts: Sequence[str]) -> scipy.sparse.csr_array:
+def _shingles(texts: Texts) -> scipy.sparse.csr_array:
   """Binary [N, V], columns from the rarest to the most frequent shingle."""
   ids: dict[str, int] = {}
   columns, starts = [], [0]
@@ -137,7 +135,7 @@ def _candidates(
   """Pairs of rows, first < second, that share a column."""
   columns = prefixes.T.tocsr()
   found = []
-  for start in range(0, prefixes.shape[0], _BLOCK):
+  for start in range(0, len(prefixes.indptr) - 1, _BLOCK):
     block = (prefixes[start : start + _BLOCK] @ columns).tocoo()
     first, second = block.row.astype(np.int64) + start, block.col
     found.append(np.stack([first, second])[:, first < second])

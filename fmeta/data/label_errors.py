@@ -5,11 +5,11 @@ A classifier that never saw an example says how probable its given label is
 that class's own examples, the label is likely wrong (`confident_errors`).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from fmeta.data.columns import Texts
 from fmeta.draw import SPLIT, permutation
 from fmeta.errors import UsageError
 
@@ -98,12 +98,13 @@ def out_of_fold(
         f'without fold {index} of {folds} one class is left; give more '
         'examples or fewer folds'
       )
-    model = SGDClassifier(
+    # Any: the stubs know neither `tol=None` nor the fitted attributes.
+    model: Any = SGDClassifier(
       loss='log_loss',
       alpha=strength,
       average=True,
       max_iter=max(_EPOCHS, -(-_STEPS // int((~held).sum()))),
-      tol=None,
+      tol=cast(Any, None),
       random_state=seed,
     )
     model.fit(features[~held], labels[~held])
@@ -131,7 +132,7 @@ def _folds(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
   return place[codes]
 
 
-def tfidf(texts: Sequence[str]) -> Any:
+def tfidf(texts: Texts) -> Any:
   """Sparse TF-IDF of words and word pairs, float32 [N, V]."""
   from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -140,6 +141,6 @@ def tfidf(texts: Sequence[str]) -> Any:
     sublinear_tf=True,
     min_df=2,
     token_pattern=r'\w+',
-    dtype=np.float32,
+    dtype=cast(Any, np.float32),
   )
   return vectorizer.fit_transform(texts)

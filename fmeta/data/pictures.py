@@ -141,7 +141,7 @@ def confusions(pairs: Sequence[Sequence[Any]], most: int = 12) -> Picture:
     axes.set_yticks(range(len(pairs)), names)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max(counts))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.tick_params(axis='y', length=0)
     axes.grid(axis='x', color=style.FAINT)
     axes.set_xlabel('labels in doubt: given → suggested')

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fmeta.data import checks, duplicates, label_errors
+from fmeta.data import checks, contents, duplicates, label_errors
 from fmeta.data.reading import Source
 from fmeta.errors import UsageError
 
@@ -17,7 +17,6 @@ _SHOWN = 20  # examples of each kind that are listed
 # Rows x features x classes of a dense problem above which label errors are
 # not looked for: about ten minutes on one core (untuned).
 _MOST_WORK = 2e10
-_BINS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +71,12 @@ def measure(source: Source, options: Options | None = None) -> dict[str, Any]:
     'label_errors': _label_errors(source, unique, options),
   }
   if source.kind == 'text':
-    out['lengths'] = _lengths(source, options.tokenizer)
-    out['unseen'] = _unseen(source, reference)
+    out['lengths'] = contents.lengths(source, options.tokenizer)
+    out['unseen'] = contents.unseen(source, reference)
   else:
-    out['images'] = _images(source)
+    out['images'] = contents.images(source)
   if source.grouped:
-    out['groups'] = _groups(source)
+    out['groups'] = contents.groups(source)
   return out
 
 
@@ -102,7 +101,7 @@ class _Rows:
     text = source.kind == 'text'
     self.texts = checks.pooled(source.splits, 'text') if text else None
 
-  def describe(self, row: int) -> dict[str, Any]:
+  def describe(self, row: Any) -> dict[str, Any]:
     """Split, row within it, label and, for texts, the text."""
     index = int(np.searchsorted(self.starts, row, side='right')) - 1
     out = {
@@ -259,79 +258,3 @@ def _most_confused(labels, suggested, classes) -> list[list[Any]]:
     + [int(counts[k])]
     for k in best
   ]
-
-
-def _lengths(source: Source, tokenizer: Any) -> dict[str, Any]:
-  lengths, unknown = {}, {}
-  for name, columns in source.splits.items():
-    if tokenizer is None:
-      lengths[name] = np.array([len(checks.words(t)) for t in columns['text']])
-    else:
-      coded = tokenizer.encode_batch_fast([str(t) for t in columns['text']])
-      lengths[name] = np.array([len(e.ids) for e in coded])
-      strange = sum(e.ids.count(tokenizer.token_to_id('[UNK]')) for e in coded)
-      unknown[name] = strange / max(int(lengths[name].sum()), 1)
-  out = {
-    'unit': 'words' if tokenizer is None else 'tokens',
-    'summary': {name: checks.summary(x) for name, x in lengths.items()},
-    'empty': {
-      name: sum(not t.strip() for t in c['text'])
-      for name, c in source.splits.items()
-    },
-    'histogram': _histogram(lengths, whole=True),
-  }
-  return {**out, 'unknown_tokens': unknown} if tokenizer else out
-
-
-def _histogram(values: dict[str, np.ndarray], whole: bool) -> dict[str, Any]:
-  """Shares per bin and split; of whole numbers the last bin has no end."""
-  together = np.concatenate(list(values.values()))
-  low = float(together.min())
-  high = float(np.percentile(together, 99.5 if whole else 100))
-  step = (high - low) / _BINS
-  if whole:
-    low, step = np.floor(low), np.ceil(max(step, 1))
-  edges = low + max(step, 1e-6) * np.arange(_BINS + 1)
-  edges = edges[: max(int(np.searchsorted(edges, high, side='right')) + 1, 2)]
-  shares = {}
-  for name, x in values.items():
-    counts, _ = np.histogram(np.minimum(x, edges[-1] - 1e-9), edges)
-    shares[name] = counts / len(x)
-  return {'edges': edges, 'shares': shares}
-
-
-def _unseen(source: Source, reference: str) -> dict[str, Any]:
-  known = source.splits[reference]['text']
-  out = {}
-  for name, columns in source.splits.items():
-    if name != reference:
-      kinds, running, most = checks.unseen_words(known, columns['text'])
-      out[name] = {
-        'distinct': kinds,
-        'running': running,
-        'most': [list(item) for item in most[:_SHOWN]],
-      }
-  return out
-
-
-def _images(source: Source) -> dict[str, Any]:
-  means, sizes, constant = {}, {}, {}
-  for name, columns in source.splits.items():
-    flat = columns['image'].reshape(len(columns['image']), -1)
-    means[name] = flat.mean(1, dtype=np.float64)
-    sizes[name] = list(columns['image'].shape[1:])
-    constant[name] = int((flat.max(1) == flat.min(1)).sum())
-  return {
-    'size': sizes,
-    'constant': constant,
-    'summary': {name: checks.summary(x) for name, x in means.items()},
-    'histogram': _histogram(means, whole=False),
-  }
-
-
-def _groups(source: Source) -> dict[str, Any]:
-  shared = checks.shared_groups(source.splits)
-  return {
-    'count': {k: len(set(c['group'])) for k, c in source.splits.items()},
-    'shared': [[a, b, len(g), g[:_SHOWN]] for (a, b), g in shared.items()],
-  }
