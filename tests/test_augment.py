@@ -265,8 +265,13 @@ def shift(batch, key):
   return {**batch, 'x': batch['x'] + jax.random.normal(key, (6,))[None]}
 
 
-def test_an_augmented_loss_is_the_loss_of_the_augmented_batch():
-  loss_fn, params, batch, _ = toys.problem()
+@pytest.fixture(scope='module')
+def problem():
+  return toys.problem()
+
+
+def test_an_augmented_loss_is_the_loss_of_the_augmented_batch(problem):
+  loss_fn, params, batch, _ = problem
   rng = jax.random.key(3)
   loss, aux = augment.augmented(loss_fn, shift)(params, {}, batch, rng)
   key, _ = jax.random.split(rng)
@@ -275,8 +280,8 @@ def test_an_augmented_loss_is_the_loss_of_the_augmented_batch():
   assert aux.outputs.shape == (8, 3)
 
 
-def test_evaluation_is_not_augmented():
-  loss_fn, params, batch, _ = toys.problem()
+def test_evaluation_is_not_augmented(problem):
+  loss_fn, params, batch, _ = problem
   loss, _ = augment.augmented(loss_fn, shift)(params, {}, batch, None)
   assert loss == loss_fn(params, {}, batch, None)[0]
 

@@ -121,7 +121,7 @@ def test_the_terminal_shows_every_planted_fault_within_100_columns(numbers):
   text = ' '.join(shown.split())
   for said in (
     '! Leakage from train into test: 1 of 24 texts equal, 1 nearly equal',
-    '! Conflicting labels: 2 rows that are only 1 different texts.',
+    '! Texts with conflicting labels: 1 (2 rows).',
     "! Leakage: groups with rows in train and test: 1, 'f2' among them.",
     '! Empty texts in test: 1.',
     'Repeated texts in train: 1 of 104.',
@@ -143,7 +143,7 @@ def test_clean_data_is_called_clean():
   said = [f.text for f in findings.findings(found)]
   assert 'No text stands in two splits, nearly or exactly.' in said
   assert 'Label errors were not looked for: folds is 0.' in said
-  assert not any('Leakage' in text or 'Conflict' in text for text in said)
+  assert not any('Leakage' in text or 'conflict' in text for text in said)
 
 
 def test_the_page_is_self_contained_and_says_what_json_says(

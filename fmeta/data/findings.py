@@ -87,8 +87,8 @@ def _conflicts(numbers):
   if found['values']:
     yield Finding(
       True,
-      f'Conflicting labels: {found["rows"]:,} rows that are only '
-      f'{found["values"]:,} different {_noun(numbers)}s.',
+      f'{_noun(numbers).capitalize()}s with conflicting labels: '
+      f'{found["values"]:,} ({found["rows"]:,} rows).',
     )
 
 

@@ -12,6 +12,8 @@ from fmeta.report import style
 from fmeta.report.style import Picture
 
 _MOST_BARS = 24  # classes that are named one by one
+_LOGARITHMIC = 20  # largest over smallest class that ask for a log scale
+_LINE = 90  # letters that fit above the axes
 
 
 def balance(numbers: Mapping[str, Any]) -> Picture:
@@ -56,9 +58,13 @@ def _ranked(axes: Axes, counts) -> None:
       markevery=max(len(row) // 12, 1),
       lw=1.8,
       color=_colour(k),
-      label=f'{name} ({len(row):,} classes)',
+      label=name,
     )
-  axes.set_ylim(bottom=0)
+  counted = np.concatenate([row[row > 0] for row in counts.values()])
+  if counted.max() > _LOGARITHMIC * counted.min():
+    axes.set_yscale('log')
+  else:
+    axes.set_ylim(bottom=0)
   axes.set_xlabel('class, the largest first')
   axes.set_ylabel('rows')
   axes.grid(color=style.FAINT)
@@ -178,11 +184,13 @@ def _short(text: str, width: int) -> str:
 
 def _legend(axes: Axes, count: int) -> None:
   if count > 1:
+    names = axes.get_legend_handles_labels()[1]
+    widest = max(map(len, names)) + 8  # and the line before the name
     # Above the axes, where no bar or line can reach it.
     axes.legend(
       frameon=False,
       loc='lower left',
       bbox_to_anchor=(0, 1),
-      ncols=min(count, 4),
+      ncols=max(min(count, _LINE // widest), 1),
       borderaxespad=0.2,
     )

@@ -38,7 +38,7 @@ th, td { padding: 6px 10px; text-align: right; vertical-align: top;
 thead th { border-bottom: 2px solid #8b949e; vertical-align: bottom;
   white-space: normal; }
 th:first-child, th.left, td.left { text-align: left; white-space: normal;
-  overflow-wrap: anywhere; min-width: 7em; }
+  overflow-wrap: anywhere; min-width: 9em; }
 tbody th { font-weight: 600; }
 tr.baseline th, tr.baseline td { color: #57606a; font-weight: 400; }
 tr.best td.value { font-weight: 700; }
