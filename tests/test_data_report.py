@@ -260,6 +260,11 @@ BAD = [
   (['train=a.csv', '--features=a.csv'], 'is no readable .npy file'),
   (['train=a.csv', '--threshold=2'], 'threshold 2.0 is out of range'),
   (['train=a.csv', '--fold=x'], 'invalid int value'),
+  (['train=a.csv', '--data_dir=x'], '--data_dir is for a named data set'),
+  (['digits', '--text=0'], 'digits knows its columns'),
+  (['train=a.csv', '--out=a.csv'], "cannot write to 'a.csv'"),
+  (['train=a.csv', '--tokenizer=.'], 'no tokenizer.json'),
+  (['train=a.csv', '--features=nan.npy'], 'hold NaN or infinity'),
   ([], 'the following arguments are required'),
 ]
 
@@ -273,6 +278,7 @@ def test_bad_input_is_one_line_and_exit_2(
   (tmp_path / 'empty.csv').write_text('text,label\n')
   (tmp_path / 'hole.csv').write_text('text,label\nx,a\ny,\n')
   (tmp_path / 'bad.jsonl').write_text('{text\n')
+  np.save(tmp_path / 'nan.npy', np.full((2, 2), np.nan))
   assert command.main(['report', *arguments]) == 2
   out, err = capsys.readouterr()
   assert out == '' and err.count('\n') == 1

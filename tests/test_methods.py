@@ -7,6 +7,7 @@ import pytest
 import toys
 
 from fmeta import adapters, gradients, losses, memory, optim, penalty, tuning
+from fmeta.data.augment import augmented
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.meta import episode_loss, reptile_loss
 from fmeta.testing import check_learner
@@ -31,6 +32,11 @@ def read_memory(params, model_state, batch, rng):
   return loss + LOSS(params, model_state, past, rng)[0], aux
 
 
+def jitter(batch, key):
+  x = batch['x']
+  return {**batch, 'x': x + 0.1 * jax.random.normal(key, x.shape, x.dtype)}
+
+
 ROWS = {
   'full sgd': finetune(LOSS, SGD),
   'full adamw': finetune(LOSS, CLIPPED),
@@ -45,6 +51,7 @@ ROWS = {
   'ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
   'first_order': finetune(LOSS, SGD, value_and_grad=gradients.first_order()),
   'accumulate': finetune(LOSS, CLIPPED, value_and_grad=gradients.accumulate(2)),
+  'augmented': finetune(augmented(LOSS, jitter), CLIPPED),
   'rehearse': rehearse(
     finetune(LOSS, CLIPPED, tuning=SURGERY), memory.reservoir(16, ROW), 4
   ),

@@ -37,11 +37,16 @@ def _parser() -> _Parser:
   add = parser.add_argument
   add('--out', default='data_report', help='folder to write to')
   add('--data_dir', help='raw files of a named data set')
-  add('--text', default='text', help='column of texts')
-  add('--label', default='label', help='column of labels')
+  add('--text', help='column of texts (default: text)')
+  add('--label', help='column of labels (default: label)')
   add('--group', help='column of groups that must not be split')
   add('--reference', help='split to compare with (default: train)')
-  add('--threshold', type=float, default=duplicates.TEXT_THRESHOLD)
+  add(
+    '--threshold',
+    type=float,
+    default=duplicates.TEXT_THRESHOLD,
+    help='least Jaccard similarity of near-duplicate texts',
+  )
   add('--folds', type=int, default=5, help='0: no search for label errors')
   add('--seed', type=int, default=0, help='of the folds')
   add('--features', help='.npy [rows of all splits, D] to judge labels by')
@@ -56,69 +61,97 @@ def _parser() -> _Parser:
 
 def _source(options: argparse.Namespace) -> Source:
   given = options.data
-  if len(given) == 1 and '=' not in given[0]:
-    if given[0] not in reading.NAMED:
-      raise UsageError(
-        f'no data set {given[0]!r}{suggest(given[0], reading.NAMED)}, or give '
-        'SPLIT=FILE'
-      )
-    return reading.NAMED[given[0]](options.data_dir)
+  columns = {
+    key: getattr(options, key)
+    for key in ('text', 'label', 'group')
+    if getattr(options, key) is not None
+  }
+  if len(given) > 1 or '=' in given[0]:
+    if options.data_dir:
+      raise UsageError('--data_dir is for a named data set; give paths alone')
+    return reading.from_files(_files(given), **columns)
+  if given[0] not in reading.NAMED:
+    raise UsageError(
+      f'no data set {given[0]!r}{suggest(given[0], reading.NAMED)}, or give '
+      'SPLIT=FILE'
+    )
+  if columns:
+    raise UsageError(
+      f'{given[0]} knows its columns; leave out --{next(iter(columns))}'
+    )
+  return reading.NAMED[given[0]](options.data_dir)
+
+
+def _files(given: Sequence[str]) -> dict[str, str]:
   files = {}
   for item in given:
     split, equals, path = item.partition('=')
     if not (split and equals and path) or split in files:
       raise UsageError(f'{item!r} is not a new SPLIT=FILE; usage: {_USAGE}')
     files[split] = path
-  return reading.from_files(files, options.text, options.label, options.group)
+  return files
 
 
-def _features(source: Source, options: argparse.Namespace) -> Any:
+def _judged_by(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+  """Features instead of TF-IDF or pixels, and what they are."""
   if options.features:
     try:
-      return np.load(options.features)
+      features = np.load(options.features)
     except (OSError, ValueError) as error:
       raise UsageError(
         f'{options.features} is no readable .npy file; save an array with '
         'numpy.save'
       ) from error
-  if options.model and source.kind == 'text':
-    from fmeta.data import checks, embedding
+    what = pathlib.Path(options.features).name
+    return {'features': features, 'features_are': f'the features of {what}'}
+  if not options.model:
+    return {}
+  from fmeta.data import checks, embedding
 
-    return embedding.embed(options.model, checks.pooled(source.splits, 'text'))
-  return None
+  texts = checks.pooled(source.splits, 'text')
+  return {
+    'features': embedding.embed(options.model, texts),
+    'features_are': f'embeddings by {options.model}',
+  }
 
 
-def _tokenizer(options: argparse.Namespace) -> Any:
-  if not (options.tokenizer or options.model):
+def _tokenizer(source: Source, options: argparse.Namespace) -> Any:
+  given = options.tokenizer or options.model
+  if not given:
     return None
+  if source.kind != 'text':
+    raise UsageError(f'{given} reads texts, and {source.name} holds images')
   from fmeta import pretrained, text
 
-  return text.load_tokenizer(
-    options.tokenizer or pretrained.find(options.model)
-  )
+  return text.load_tokenizer(options.tokenizer or pretrained.find(given))
+
+
+def _folder(name: str) -> pathlib.Path:
+  """Made before the work, not after it."""
+  folder = pathlib.Path(name)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UsageError(
+      f'cannot write to {name!r} ({error.strerror}); give another --out'
+    ) from error
+  return folder
 
 
 def _report(options: argparse.Namespace) -> None:
   from fmeta.data import findings, page, report
 
-  source = _source(options)
-  numbers = report.measure(
-    source,
-    report.Options(
-      options.reference,
-      options.threshold,
-      options.folds,
-      options.seed,
-      _tokenizer(options),
-      _features(source, options),
-    ),
+  source, folder = _source(options), _folder(options.out)
+  settings = report.Options(
+    options.reference,
+    options.threshold,
+    options.folds,
+    options.seed,
+    _tokenizer(source, options),
+    **_judged_by(source, options),
   )
-  try:
-    written = page.write(pathlib.Path(options.out), source, numbers)
-  except OSError as error:
-    raise UsageError(
-      f'cannot write to {options.out!r} ({error.strerror}); give another --out'
-    ) from error
+  numbers = report.measure(source, settings)
+  written = page.write(folder, source, numbers)
   print(findings.terminal(numbers))
   print(f'\nwritten: {written[0]}')
 

@@ -182,9 +182,10 @@ def overview(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   heads += ['unseen words'] if text else []
   heads += ['unknown tokens'] if text and _unknown(numbers) else []
   heads += ['labels in doubt']
-  return heads, [
-    _cells(numbers, k, name) for k, name in enumerate(numbers['splits'])
-  ]
+  rows = [_cells(numbers, k, name) for k, name in enumerate(numbers['splits'])]
+  # One split has nothing to be compared with: those columns stay empty.
+  kept = [k for k in range(len(heads)) if any(row[k] for row in rows)]
+  return [heads[k] for k in kept], [[row[k] for k in kept] for row in rows]
 
 
 def _unknown(numbers):

@@ -31,6 +31,7 @@ class Options:
     seed: of the folds and the solver.
     tokenizer: counts tokens instead of words (`text.load_tokenizer`).
     features: [rows of all splits, D] instead of TF-IDF or pixels.
+    features_are: what they are, in words.
   """
 
   reference: str | None = None
@@ -39,6 +40,7 @@ class Options:
   seed: int = 0
   tokenizer: Any = None
   features: np.ndarray | None = None
+  features_are: str = 'the given features'
 
 
 def measure(source: Source, options: Options | None = None) -> dict[str, Any]:
@@ -230,7 +232,9 @@ def _features(source: Source, options: Options) -> tuple[Any, str]:
         f'features have shape {features.shape}; give one row for each of the '
         f'{len(values)} rows of all splits, in their order'
       )
-    return label_errors.scaled(features), 'the given features'
+    if not np.isfinite(features).all():
+      raise UsageError('features hold NaN or infinity; give finite numbers')
+    return label_errors.scaled(features), options.features_are
   if source.kind == 'text':
     return label_errors.tfidf(values), 'TF-IDF of words and word pairs'
   return label_errors.scaled(values.reshape(len(values), -1)), 'pixels'
