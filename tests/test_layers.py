@@ -90,6 +90,21 @@ def test_no_two_modules_import_each_other_at_load():
   assert 'types' in reached('meta')
 
 
+def test_importing_data_loads_neither_matplotlib_nor_scikit_learn():
+  seen, todo = set(), {'data'}
+  while todo:
+    name = todo.pop()
+    seen.add(name)
+    todo |= of_fmeta(MODULES[name], top_only=True) - seen
+  loaded = {
+    other.partition('.')[0]
+    for name in seen
+    for other in imported(MODULES[name], top_only=True)
+  }
+  assert 'data.splits' in seen and 'numpy' in loaded
+  assert not loaded & {'matplotlib', 'sklearn'}
+
+
 def test_only_adapters_know_flax_linen_and_only_lazily():
   for name, syntax in MODULES.items():
     if area(name) in CORE:

@@ -22,6 +22,7 @@ from fmeta import (
   tree,
   tuning,
 )
+from fmeta.data.augment import augmented
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.meta import episode_loss, reptile_loss
 from fmeta.per_leaf import adamw_per_leaf
@@ -63,6 +64,13 @@ PERTURBED = mixout.mixout(0.5, sharpness.sharpness_aware(0.05))
 # These draw for themselves; a second source would only take time to compile.
 STILL = toys.problem()[0]
 MIXED = mixing.mixup(STILL, 0.4, 3, inputs=('x',))
+
+
+def jitter(batch, key):
+  x = batch['x']
+  return {**batch, 'x': x + 0.1 * jax.random.normal(key, x.shape, x.dtype)}
+
+
 ROWS = {
   'full sgd': finetune(LOSS, SGD),
   'full adamw': finetune(LOSS, CLIPPED),
@@ -81,6 +89,7 @@ ROWS = {
   'ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
   'first_order': finetune(LOSS, SGD, value_and_grad=gradients.first_order()),
   'accumulate': finetune(LOSS, CLIPPED, value_and_grad=gradients.accumulate(2)),
+  'augmented': finetune(augmented(LOSS, jitter), CLIPPED),
   'rehearse': rehearse(
     finetune(LOSS, CLIPPED, tuning=SURGERY), memory.reservoir(16, ROW), 4
   ),

@@ -1,8 +1,9 @@
 """clinc150: 150 intents of ten domains, and questions out of scope.
 
 Larson et al. (2019), EMNLP D19-1131; `data_full.json` and `domains.json` of
-the authors' repository, whose sha256 (at commit 828f809) are recorded. One
-text stands in two splits; it is left as published.
+the authors' repository, whose sha256 (at commit 828f809) are recorded. Five
+texts stand in two splits, four of them with two intents; they are left as
+published.
 
 `few_shot` and `episodic_folds` read two public sets of choices among these
 examples from a local copy: the 5- and 10-shot files of
