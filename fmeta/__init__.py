@@ -1,6 +1,15 @@
 """fmeta: fine-tuning is the step, meta-learning a loss, continual a stream."""
 
-from fmeta.adapters import lora, lora_init, lora_merged
+from fmeta.adapters import (
+  dora,
+  lora,
+  lora_init,
+  lora_merged,
+  lora_plus,
+  pissa,
+  rslora,
+  vera,
+)
 from fmeta.errors import UsageError
 from fmeta.gradients import accumulate, first_order, plain
 from fmeta.learner import adapt, append, beside, finetune, rehearse
@@ -34,6 +43,7 @@ __all__ = (
   'adapt',
   'append',
   'beside',
+  'dora',
   'episode_loss',
   'ewc',
   'finetune',
@@ -44,14 +54,18 @@ __all__ = (
   'lora',
   'lora_init',
   'lora_merged',
+  'lora_plus',
   'no_penalty',
+  'pissa',
   'plain',
   'predict_episodes',
   'rehearse',
   'reptile_loss',
   'reservoir',
+  'rslora',
   'select',
   'softmax_cross_entropy',
   'squared_error',
   'supervised',
+  'vera',
 )
