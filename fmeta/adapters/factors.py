@@ -49,8 +49,10 @@ def chosen(
   """The leaves by name whose whole name matches a pattern, factors aside.
 
   Raises:
-    UsageError: if a pattern matches nothing.
+    UsageError: if there is no pattern or one matches nothing.
   """
+  if not patterns:
+    raise UsageError('no pattern; name the kernels to adapt, as in ".*/kernel"')
   leaf_names = tree.names(params)
   tree.check_patterns(patterns, leaf_names)
   pairs = [(pattern, None) for pattern in patterns]
