@@ -21,6 +21,7 @@ CLIPPED = optim.adamw(0.01)
 SGD = optim.sgd(0.1)
 SURGERY = tuning.select('body/layer_1/.*', 'head/.*')
 LORA = adapters.lora(MATRICES, rank=2, also=('head/.*',))
+PISSA = adapters.pissa(MATRICES, rank=2)
 # What a gradient with respect to it needs: no clipping, no zero square root.
 SMOOTH = optim.adam(0.01, eps_root=1e-8)
 
@@ -41,6 +42,9 @@ ROWS = {
   'lora_merged': finetune(
     LOSS, CLIPPED, tuning=adapters.lora_merged(MATRICES, rank=2)
   ),
+  'dora': finetune(LOSS, CLIPPED, tuning=adapters.dora(MATRICES, rank=2)),
+  'pissa': finetune(LOSS, CLIPPED, tuning=PISSA),
+  'vera': finetune(LOSS, CLIPPED, tuning=adapters.vera(MATRICES, rank=7)),
   'l2_sp': finetune(LOSS, CLIPPED, penalty=penalty.l2_sp(0.1)),
   'ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
   'first_order': finetune(LOSS, SGD, value_and_grad=gradients.first_order()),
@@ -61,6 +65,9 @@ META_ROWS = {
     LOSS, SMOOTH, tuning=SURGERY, penalty=penalty.l2_sp(0.1)
   ),
   'lora ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
+  # Through the singular vectors, too. (DoRA's norm is a constant in the
+  # backward pass, so its meta-gradient is not that of differences.)
+  'pissa': finetune(LOSS, SGD, tuning=PISSA),
   'accumulate': finetune(LOSS, SMOOTH, value_and_grad=gradients.accumulate(2)),
   'rehearse': rehearse(finetune(LOSS, SGD), memory.reservoir(16, ROW), 4),
 }
