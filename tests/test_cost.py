@@ -1,5 +1,6 @@
 """Frozen parameters cost nothing: read from the compiled step."""
 
+import dataclasses
 import re
 
 import jax
@@ -125,13 +126,59 @@ def test_lora_through_activations_forms_no_full_weight_gradient():
   assert full <= _products(_learner(adapters.lora_merged(kernels, **make)))
 
 
+# Wide enough that products are what a step costs.
+WIDE = dataclasses.replace(
+  CONFIG, hidden_size=128, intermediate_size=512, num_layers=2
+)
+RANK, KERNELS = 8, r'body/layer_\d/.*/kernel'
+EIGHTH = {'rank': RANK, 'also': ('head/.*',)}
+
+
+@pytest.fixture(scope='module')
+def wide():
+  module = models.BertClassifier(WIDE, num_classes=3)
+  batch = jax.tree.map(lambda x: jnp.concatenate([x] * 4), BATCH)
+  params, _ = models.init(module, KEY, batch)
+  loss_fn = losses.supervised(
+    models.forward(module), losses.softmax_cross_entropy
+  )
+
+  def compiled(what):
+    learner = finetune(loss_fn, optim.adamw(1e-3), tuning=what)
+    state = learner.init(params, KEY)
+    return jax.jit(learner.step).lower(state, batch, KEY).compile()
+
+  # Biases need the activations' gradients and no kernel's.
+  biases = compiled(tuning.select(r'body/layer_\d/.*/bias', 'head/.*'))
+  tokens = batch['input_ids'].size
+  narrow = sum(
+    6 * tokens * RANK * sum(tree.get(params, name).shape)
+    for name in tree.names(params)
+    if tree.first_match(name, [(KERNELS, None)]) is not None
+  )
+  return compiled, biases.cost_analysis()['flops'] + narrow, tokens
+
+
+@pytest.mark.parametrize('make', [adapters.lora, adapters.dora])
+def test_a_low_rank_step_costs_its_activations_and_the_factors(make, wide):
+  compiled, bound, tokens = wide
+  program = compiled(make(KERNELS, **EIGHTH))
+  assert 0.9 * bound < program.cost_analysis()['flops'] <= 1.05 * bound
+  # A gradient of outputs in transposed order is a strided copy that XLA makes
+  # for a kernel's gradient over two leading axes; see `adapters.layers.rows`.
+  assert not re.search(rf'= f32\[(512|128),{tokens}\]', program.as_text())
+
+
 @pytest.mark.parametrize(
   'what',
   [
     tuning.select('body/layer_2/.*', 'head/.*'),
     adapters.lora('body/.*/query/kernel', rank=2, also=('head/.*',)),
+    adapters.dora('body/.*/query/kernel', rank=2, also=('head/.*',)),
+    adapters.pissa('body/.*/query/kernel', rank=2, also=('head/.*',)),
+    adapters.vera('body/.*/query/kernel', rank=2, also=('head/.*',)),
   ],
-  ids=['select', 'lora'],
+  ids=['select', 'lora', 'dora', 'pissa', 'vera'],
 )
 def test_frozen_leaves_have_no_optimiser_bytes(what):
   learner = _learner(what)

@@ -50,6 +50,7 @@ ENTERING = losses.supervised(
 )
 # What a gradient with respect to it needs: no zero square root.
 SMOOTH = optim.adamw(0.01, eps_root=1e-8)
+PISSA = adapters.pissa(MATRICES, rank=2)
 
 
 def read_memory(params, model_state, batch, rng):
@@ -85,6 +86,9 @@ ROWS = {
   'ia3': finetune(LOSS, SGD, tuning=IA3),
   'bottleneck': finetune(ENTERING, SGD, tuning=BOTTLENECK),
   'subspace': finetune(LOSS, SGD, tuning=SUBSPACE),
+  'dora': finetune(LOSS, CLIPPED, tuning=adapters.dora(MATRICES, rank=2)),
+  'pissa': finetune(LOSS, CLIPPED, tuning=PISSA),
+  'vera': finetune(LOSS, CLIPPED, tuning=adapters.vera(MATRICES, rank=7)),
   'l2_sp': finetune(LOSS, CLIPPED, penalty=penalty.l2_sp(0.1)),
   'ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
   'first_order': finetune(LOSS, SGD, value_and_grad=gradients.first_order()),
@@ -121,6 +125,9 @@ META_ROWS = {
     LOSS, SMOOTH, tuning=SURGERY, penalty=penalty.l2_sp(0.1)
   ),
   'lora ewc': finetune(LOSS, SGD, tuning=LORA, penalty=penalty.ewc(1.0)),
+  # Through the singular vectors, too. (DoRA's norm is a constant in the
+  # backward pass, so its meta-gradient is not that of differences.)
+  'pissa': finetune(LOSS, SGD, tuning=PISSA),
   'accumulate': finetune(LOSS, SMOOTH, value_and_grad=gradients.accumulate(2)),
   'rehearse': rehearse(finetune(LOSS, SGD), memory.reservoir(16, ROW), 4),
   'ema mixout sam': ROWS['ema mixout sam'],

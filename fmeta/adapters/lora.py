@@ -1,184 +1,83 @@
-"""Low-rank adaptation (LoRA).
+"""Low-rank adaptation: LoRA, and rsLoRA, which scales it by the rank's root.
 
 A factor is a leaf beside its kernel, `kernel.lora_a` and `kernel.lora_b`.
 """
 
 import functools
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
 
 import jax
 import jax.numpy as jnp
 
 from fmeta import tree
-from fmeta.adapters.norms import running_statistics
+from fmeta.adapters.factors import (
+  Method,
+  beside,
+  check_born,
+  check_rank,
+  chosen,
+  key_of,
+  low_rank,
+  run_merged,
+)
+from fmeta.adapters.layers import Change
 from fmeta.errors import UsageError
-from fmeta.tuning import keep_under
 from fmeta.types import Array, Params, Scalar, Tuning
 
-A, B = '.lora_a', '.lora_b'
+A, B = SUFFIXES = ('.lora_a', '.lora_b')
 
 
 def lora_init(
   params: Params, rng: Array, patterns: tuple[str, ...], rank: int
 ) -> dict:
-  """The parameters with low-rank factors beside every matching kernel.
+  """The parameters with low-rank factors beside every matching leaf.
 
-  A is uniform in +-1/sqrt(in) and B is zero, so the model starts unchanged
-  (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1; the
-  distribution of A is the one of the authors' code). Use it to let an outer
-  loop own the factors: they are then meta-learned instead of drawn anew in
-  every episode.
+  The model starts unchanged. For a kernel A is uniform in +-1/sqrt(fan in)
+  and B is zero (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section
+  4.1; the distribution of A is the one of the authors' code). For a table A
+  is zero and B standard normal, as in their code: a zero A keeps the rows
+  that no example has looked up. Use it to let an outer loop own the factors:
+  they are then meta-learned instead of drawn anew in every episode.
 
   Args:
-    params: full parameters; matching kernels are [in, out].
+    params: full parameters; a matching leaf is a kernel [in, out] or
+      [h, w, in, out], or a table `embedding` [rows, out].
     rng: key; each factor's own key depends on its name only.
-    patterns: full-match regular expressions of the kernels to adapt.
-    rank: width of the factors, A [in, rank] and B [rank, out].
+    patterns: full-match regular expressions of the leaves to adapt.
+    rank: width of the factors, A [..., rank] and B [rank, out].
 
   Raises:
-    UsageError: if a pattern matches nothing or a leaf is not [in, out].
+    UsageError: if a pattern matches nothing or a leaf has no such shape.
   """
-  leaf_names = tree.names(params)
-  tree.check_patterns(patterns, leaf_names)
-  pairs = [(pattern, None) for pattern in patterns]
-  factors = {}
-  for name in leaf_names:
-    if tree.first_match(name, pairs) is None or name.endswith((A, B)):
-      continue
-    factors[name] = _new_factors(tree.get(params, name), name, rank, rng)
-  return _with_factors(params, factors)
+  leaves = {}
+  for name, leaf in chosen(params, patterns, SUFFIXES).items():
+    check_rank('lora', name, leaf, rank)
+    leaves[name] = new_factors(name, leaf, rank, key_of(rng, name))
+  return beside(params, leaves)
 
 
-def _new_factors(kernel, name: str, rank: int, rng: Array):
-  if kernel.ndim != 2:
-    raise UsageError(
-      f'lora needs [in, out] kernels, but {name!r} has shape {kernel.shape}; '
-      'narrow the pattern, or unroll scanned layers'
-    )
-  if not 0 < rank <= min(kernel.shape):
-    raise UsageError(
-      f'lora rank {rank} for {name!r} of shape {kernel.shape}; possible: '
-      f'1..{min(kernel.shape)}'
-    )
-  rng = jax.random.fold_in(rng, zlib.crc32(name.encode()))
-  bound = kernel.shape[0] ** -0.5
-  shape = (kernel.shape[0], rank)
-  a = jax.random.uniform(rng, shape, kernel.dtype, -bound, bound)
-  return a, jnp.zeros((rank, kernel.shape[1]), kernel.dtype)
+def new_factors(name: str, leaf: Array, rank: int, key: Array) -> dict:
+  """A and B of one leaf, see `lora_init`."""
+  shapes = (*leaf.shape[:-1], rank), (rank, leaf.shape[-1])
+  if name.rpartition('/')[2] == 'embedding':
+    a = jnp.zeros(shapes[0], leaf.dtype)
+    return {A: a, B: jax.random.normal(key, shapes[1], leaf.dtype)}
+  bound = math.prod(leaf.shape[:-1]) ** -0.5
+  a = jax.random.uniform(key, shapes[0], leaf.dtype, -bound, bound)
+  return {A: a, B: jnp.zeros(shapes[1], leaf.dtype)}
 
 
-def _with_factors(params: Mapping, factors: Mapping, prefix: str = '') -> dict:
-  out = {}
-  for key, value in params.items():
-    name = f'{prefix}{key}'
-    if isinstance(value, Mapping):
-      out[key] = _with_factors(value, factors, name + '/')
-    else:
-      out[key] = value
-      if name in factors:
-        out[f'{key}{A}'], out[f'{key}{B}'] = factors[name]
-  return out
+def scaled(scale: Scalar):
+  """A `Method.change`: W' = W + scale A B."""
+  return lambda kernel, leaves, frozen: Change(leaves[A], scale * leaves[B])
 
 
-def _factors(trainable: Params) -> dict[str, tuple[Array, Array]]:
-  return {
-    name.removesuffix(A): (
-      tree.get(trainable, name),
-      tree.get(trainable, name.removesuffix(A) + B),
-    )
-    for name in tree.names(trainable)
-    if name.endswith(A)
-  }
-
-
-def _without_factors(trainable: Params) -> dict:
-  return tree.partition(trainable, lambda name: not name.endswith((A, B)))[0]
-
-
-def _lora_tuning(patterns, rank, alpha, also, intercept) -> Tuning:
+def _lora(what, patterns, rank, scale, also) -> Tuning:
   if rank < 1:
-    raise UsageError(f'lora rank {rank}; give at least 1')
-
-  def init(params, rng):
-    born = any(name.endswith(A) for name in tree.names(params))
-    if not born:
-      params = lora_init(params, rng, patterns, rank)
-    for name, (a, _) in _factors(params).items():
-      if a.shape[-1] != rank:
-        raise UsageError(
-          f'factors of {name!r} have rank {a.shape[-1]}, but the tuning says '
-          f'rank={rank}; give both the same'
-        )
-    if also:
-      tree.check_patterns(also, tree.names(params))
-    pairs = [(pattern, None) for pattern in also]
-    return tree.partition(
-      params,
-      lambda name: (
-        name.endswith((A, B)) or tree.first_match(name, pairs) is not None
-      ),
-    )
-
-  def merge(trainable, frozen):
-    factors = _factors(trainable)
-    base = tree.combine(frozen, _without_factors(trainable))
-
-    def add(name, leaf):
-      if name not in factors:
-        return leaf
-      a, b = factors[name]
-      return leaf + (alpha / rank) * (a @ b)
-
-    return tree.map_with_name(add, base)
-
-  return Tuning(
-    init, merge, keep_under, functools.partial(intercept, merge, alpha / rank)
-  )
-
-
-@contextmanager
-def _merged_path(merge, scale, trainable, frozen) -> Iterator[Params]:
-  del scale
-  with running_statistics(trainable, frozen):
-    yield merge(trainable, frozen)
-
-
-@contextmanager
-def _low_rank_path(merge, scale, trainable, frozen) -> Iterator[Params]:
-  import flax.linen as nn
-
-  del merge
-  factors, entered = _factors(trainable), set()
-
-  def interceptor(next_fun, args, kwargs, context):
-    name = '/'.join((*context.module.path, 'kernel'))
-    outputs = next_fun(*args, **kwargs)
-    if (
-      name in factors
-      and isinstance(context.module, nn.Dense)
-      and context.method_name == '__call__'
-    ):
-      entered.add(name)
-      a, b = factors[name]
-      inputs = args[0] if args else kwargs['inputs']
-      # A layer that computes in bf16 stays bf16.
-      delta = scale * ((inputs @ a) @ b)
-      outputs = outputs + delta.astype(outputs.dtype)
-    return outputs
-
-  with (
-    nn.intercept_methods(interceptor),
-    running_statistics(trainable, frozen),
-  ):
-    yield tree.combine(frozen, _without_factors(trainable))
-  missed = sorted(set(factors) - entered)
-  if missed:
-    raise UsageError(
-      f'lora factors of {missed[0]!r} (and {len(missed) - 1} more) never '
-      'entered an nn.Dense; use lora_merged for other layers'
-    )
+    raise UsageError(f'{what} rank {rank}; give at least 1')
+  birth = functools.partial(lora_init, patterns=patterns, rank=rank)
+  check = check_born('tuning', rank, A)
+  return low_rank(Method(SUFFIXES, birth, scaled(scale), check), also)
 
 
 def lora(
@@ -187,25 +86,52 @@ def lora(
   alpha: Scalar = 16.0,
   also: tuple[str, ...] = (),
 ) -> Tuning:
-  """Low-rank adaptation through the activations of dense layers.
+  """Low-rank adaptation through the activations.
 
   y = x W + (alpha / rank) (x A) B with W frozen (Hu et al. 2021,
-  https://arxiv.org/abs/2106.09685, eq. 3). No full-size weight gradient is
-  ever formed; `merge` gives W + (alpha / rank) A B for export. Factors
-  already among the parameters (`lora_init`) are used, otherwise they are
-  born from the key given to `init`.
+  https://arxiv.org/abs/2106.09685, eq. 3), for dense layers, convolutions
+  (A is a convolution to `rank` channels, B a 1x1 one) and tables (A has a row
+  per row). No full-size weight gradient is ever formed; `merge` gives
+  W + (alpha / rank) A B for export. Factors already among the parameters
+  (`lora_init`) are used, otherwise they are born from the key given to
+  `init`.
 
   Args:
-    *patterns: full-match regular expressions of [in, out] kernels.
+    *patterns: full-match regular expressions of kernels and tables.
     rank: width of the factors; 8 as in the paper's Table 2 (RoBERTa-base).
     alpha: scale; 16 as in the paper's Table 9 for rank 8. May be traced.
     also: patterns of ordinary parameters that move too, such as a new head.
 
   Raises:
-    UsageError: if a pattern matches nothing, a kernel is not [in, out], the
-      rank does not fit, or an adapted kernel does not belong to an `nn.Dense`.
+    UsageError: if a pattern matches nothing, a leaf has another shape, the
+      rank does not fit, or a leaf belongs to a layer that cannot be entered
+      (`layers.enter`).
   """
-  return _lora_tuning(patterns, rank, alpha, also, _low_rank_path)
+  return _lora('lora', patterns, rank, alpha / max(rank, 1), also)
+
+
+def rslora(
+  *patterns: str,
+  rank: int = 8,
+  alpha: Scalar = 16.0,
+  also: tuple[str, ...] = (),
+) -> Tuning:
+  """Rank-stabilised LoRA: the scale is alpha / sqrt(rank).
+
+  y = x W + (alpha / sqrt(rank)) (x A) B; activations and gradients then keep
+  their size as the rank grows (Kalajdzievski 2023,
+  https://arxiv.org/abs/2312.03732).
+
+  Args:
+    *patterns: as for `lora`.
+    rank: width of the factors; LoRA's default.
+    alpha: LoRA's default, untuned; may be traced.
+    also: patterns of ordinary parameters that move too.
+
+  Raises:
+    UsageError: as `lora`.
+  """
+  return _lora('rslora', patterns, rank, alpha / max(rank, 1) ** 0.5, also)
 
 
 def lora_merged(
@@ -214,9 +140,24 @@ def lora_merged(
   alpha: Scalar = 16.0,
   also: tuple[str, ...] = (),
 ) -> Tuning:
-  """LoRA that runs the model on merged weights, for any [in, out] parameter.
+  """LoRA that runs the model on merged weights, for any parameter.
 
   The same function of the factors as `lora`, at the cost of a full-size
-  weight gradient; for layers that are no `nn.Dense`.
+  weight gradient; for layers that `lora` cannot enter.
   """
-  return _lora_tuning(patterns, rank, alpha, also, _merged_path)
+  return run_merged(lora(*patterns, rank=rank, alpha=alpha, also=also))
+
+
+def lora_plus(
+  ratio: Scalar = 16.0, rates: tree.Patterns = (('.*', 1.0),)
+) -> tuple[tuple[str, Scalar], ...]:
+  """LoRA+: rate multipliers that let B move faster than A.
+
+  eta_B = ratio eta_A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354):
+  `optim.adamw(rate, multipliers=lora_plus())`.
+
+  Args:
+    ratio: eta_B / eta_A; 16 as the paper recommends for Adam. May be traced.
+    rates: multipliers of all other leaves, A among them.
+  """
+  return ((r'(.*/)?[^/]*\.lora_b', ratio), *rates)

@@ -7,6 +7,8 @@ and one matrix product have neither problem: all their derivatives are
 products and pads again.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -45,11 +47,16 @@ class MatmulConv(nn.Module):
     features: output channels.
     size: side of the square kernel.
     stride: in both directions.
+    dot_general: as `nn.Dense` has it; an adapter enters here.
   """
 
   features: int
   size: int = 3
   stride: int = 1
+  dot_general: Any = None
+
+  # Says that `dot_general` gets the kernel as a matrix [-1, features].
+  kernel_as_matrix = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -60,8 +67,9 @@ class MatmulConv(nn.Module):
       (self.size, self.size, x.shape[-1], self.features),
     )
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    product = patches(x, self.size, self.stride) @ kernel.reshape(
-      -1, self.features
+    windows = patches(x, self.size, self.stride)
+    product = (self.dot_general or jax.lax.dot_general)(
+      windows, kernel.reshape(-1, self.features), (((3,), (0,)), ((), ()))
     )
     return product + bias.reshape(1, 1, 1, -1)
 

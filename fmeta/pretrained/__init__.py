@@ -2,15 +2,19 @@
 
 from fmeta.pretrained.bert import load_bert, save_bert
 from fmeta.pretrained.files import check_sha256, read_tensors, sha256
+from fmeta.pretrained.peft import PeftConfig, load_peft, save_peft
 from fmeta.pretrained.sources import MINILM, MINILM_SHA256, find
 
 __all__ = [
   'MINILM',
   'MINILM_SHA256',
+  'PeftConfig',
   'check_sha256',
   'find',
   'load_bert',
+  'load_peft',
   'read_tensors',
   'save_bert',
+  'save_peft',
   'sha256',
 ]
