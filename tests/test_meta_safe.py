@@ -19,11 +19,6 @@ UNSAFE = {
   'clipped by optax': lambda: optax.chain(
     optax.clip_by_global_norm(1.0), optax.sgd(0.1)
   ),
-  'adaptively clipped by optax': lambda: optax.chain(
-    optax.adaptive_grad_clip(0.1), optax.sgd(0.1)
-  ),
-  'lars': lambda: optax.lars(0.1),
-  'radam': lambda: optax.radam(0.01),
 }
 EPISODE = {
   'support': {'c': jnp.ones((1, 3))},

@@ -66,13 +66,12 @@ def test_sophia_is_a_clipped_newton_step_on_a_diagonal(x64):
     np.testing.assert_allclose(state.trainable['p'], p, rtol=1e-12)
 
 
-ANY = ('nesterov', 'lion', 'adafactor', 'novograd', 'lars', 'muon', 'prodigy')
+ANY = ('nesterov', 'lars', 'muon', 'prodigy')
 
 
 @pytest.mark.parametrize('name', ANY)
 def test_a_multiplier_scales_the_first_step(name, x64):
   build = {
-    'adafactor': optim.adafactor,
     'lars': optim.lars,
     'prodigy': lambda rate, **options: optim.prodigy(**options),
   }.get(name, REFERENCES[name][1])

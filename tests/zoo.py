@@ -185,8 +185,6 @@ ROWS = {
   ),
 }
 
-VARIANTS = [name for name in ROWS if name.endswith('eps_root')]
-
 HEAD = """# Optimisers
 
 Every row takes a rate (float, traced array or schedule), ordered `multipliers`
