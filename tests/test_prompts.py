@@ -1,7 +1,6 @@
 """Prefix and prompt tuning of our BERT against plain models and numpy."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 import scipy.special
 
-from fmeta import adapters, losses, models, optim, tree, tuning
+from fmeta import adapters, models, tree
 from fmeta.adapters import siblings
 from fmeta.errors import UsageError
-from fmeta.learner import finetune
 
 CONFIG = models.BertConfig(
   vocab_size=11,
@@ -293,41 +291,3 @@ def test_bad_requests_are_refused():
   for what in (adapters.prompt(length=-1), adapters.prefix('.*', length=-1)):
     with pytest.raises(UsageError, match='length -1'):
       start(what)
-
-
-TUNINGS = {
-  'ia3': adapters.ia3(
-    ATTENTION, inputs=(r'body/layer_\d/mlp/down/kernel',), also=('head/.*',)
-  ),
-  'bottleneck': adapters.bottleneck(
-    r'body/layer_\d/(attention/output|mlp/down)/kernel',
-    width=2,
-    also=('head/.*',),
-  ),
-  'prefix': PREFIX,
-  'prompt': PROMPT,
-}
-
-
-def products(what):
-  """Shapes of all matrix products in the lowered step."""
-  loss_fn = losses.supervised(
-    models.forward(MODULE), losses.softmax_cross_entropy
-  )
-  learner = finetune(loss_fn, optim.adamw(1e-3, clip_norm=1.0), tuning=what)
-  state = jax.eval_shape(learner.init, PARAMS, KEY)
-  text = jax.jit(learner.step).lower(state, BATCH, KEY).as_text()
-  return set(re.findall(r'dot_general .*-> tensor<([\dx]*)xf32>', text))
-
-
-# With two rows of four tokens only a gradient of a kernel has these shapes.
-FULL = {'8x8', '8x12', '12x8'}
-
-
-@pytest.mark.parametrize('name', TUNINGS)
-def test_no_gradient_of_a_frozen_weight_is_formed(name):
-  assert not FULL & products(TUNINGS[name])
-
-
-def test_full_tuning_forms_the_gradients_that_are_looked_for():
-  assert FULL <= products(tuning.full())
