@@ -121,7 +121,7 @@ def _sizes(numbers: Mapping[str, Any]) -> Section:
   return Section(
     'sizes',
     'Lengths' if text else 'Intensities',
-    'How long are the texts?' if text else 'How dark are the images?',
+    'How long are the texts?' if text else 'How bright are the images?',
     pictures.sizes(part['histogram'], what, last=text),
     table(heads, rows, what),
     note,
