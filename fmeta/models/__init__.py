@@ -16,6 +16,7 @@ from fmeta.models.bert import BertClassifier
 from fmeta.models.bert_layers import BertConfig
 from fmeta.models.conv import BatchNorm, Conv4, MatmulConv
 from fmeta.models.mlp import Mlp
+from fmeta.models.resnet import ResNet
 from fmeta.types import Array, Batch, Forward, ModelState, Params
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
   'Conv4',
   'MatmulConv',
   'Mlp',
+  'ResNet',
   'TEXT',
   'IMAGE',
   'forward',
