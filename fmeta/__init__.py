@@ -8,6 +8,7 @@ from fmeta.losses import softmax_cross_entropy, squared_error, supervised
 from fmeta.memory import reservoir
 from fmeta.meta import episode_loss, in_chunks, predict_episodes, reptile_loss
 from fmeta.penalty import ewc, l2_sp, no_penalty
+from fmeta.surgical import auto_rates, auto_surgical
 from fmeta.tuning import full, select
 from fmeta.types import (
   Aux,
@@ -33,6 +34,8 @@ __all__ = (
   'accumulate',
   'adapt',
   'append',
+  'auto_rates',
+  'auto_surgical',
   'beside',
   'episode_loss',
   'ewc',

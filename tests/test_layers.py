@@ -13,7 +13,9 @@ ROWS = [
   {'errors'},
   {'types'},
   {'tree'},
+  {'blocks'},
   {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'},
+  {'surgical'},
   {'learner'},
   {'losses', 'meta'},
 ]
