@@ -24,7 +24,10 @@ from fmeta import (
   tree,
 )
 from fmeta.datasets import docparams
+from fmeta.explain import recipe, text
 from fmeta.workdir import Context
+
+EXPLAINED = 500  # test texts kept for `python -m fmeta.explain` (untuned)
 
 
 @dataclasses.dataclass
@@ -208,6 +211,7 @@ class Method:
       )
       if keep:
         save_model(self.bench, fitted.params)
+        self.save_recipe(rate, seed, fitted)
       predictions = evaluate.evaluate(
         self.forward,
         fitted.params,
@@ -230,6 +234,25 @@ class Method:
       }
 
     return trial(context, f'finetune/{self.name}/seed_{seed}', run)
+
+  def save_recipe(self, rate: float, seed: int, fitted: train.Fitted) -> None:
+    """Writes what `python -m fmeta.explain` reads beside the model."""
+    config, folder = self.bench.config, self.bench.context.workdir
+    schedule = optim.warmup_linear(rate, fitted.steps)
+    # The model kept is that of the best epoch; later steps were undone.
+    rates = jax.vmap(schedule)(jax.numpy.arange(fitted.best_step))
+    recipe.save(
+      folder,
+      recipe.Recipe(
+        config.model,
+        config.seed.init + seed,
+        tuple(rates.tolist()),
+        self.multipliers,
+      ),
+    )
+    test = data.take(self.bench.splits['test'], slice(0, EXPLAINED))
+    labels = [docparams.LABELS[k] for k in test['label']]
+    text.write_examples(folder / text.EXAMPLES, test['text'], labels)
 
   def table(self) -> str:
     """What moves, how fast, by which pattern."""
