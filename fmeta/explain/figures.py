@@ -19,7 +19,7 @@ def _share(row: BlockRow) -> float | None:
 
 # Title, value of a row, and whether the axis is logarithmic.
 _PANELS = (
-  ('relative weight change', lambda row: row.change, False),
+  ('relative weight change', lambda row: row.change, True),
   ('effective rank of it\n(share of full)', _share, False),
   ('1 - CKA of outputs', lambda r: None if r.cka is None else 1 - r.cka, False),
   ('Fisher, after\n(mean per weight)', lambda row: row.fisher, True),

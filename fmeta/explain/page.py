@@ -33,11 +33,13 @@ img.tile { width: 72px; height: 72px; image-rendering: pixelated;
 table { border-collapse: collapse; width: 100%; font-size: 14px;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; border-bottom: 1px solid #e4e7eb;
-  text-align: right; vertical-align: top; }
-th { border-bottom: 2px solid #8b949e; vertical-align: bottom; }
+  text-align: right; vertical-align: top; white-space: nowrap; }
+th { white-space: normal; border-bottom: 2px solid #8b949e;
+  vertical-align: bottom; }
 th.left, td.left { text-align: left; }
-td.example { text-align: left; overflow-wrap: anywhere; max-width: 420px; }
-td.label { text-align: left; white-space: nowrap; }
+td.example { text-align: left; white-space: normal; overflow-wrap: anywhere;
+  max-width: 420px; }
+td.label { text-align: left; }
 td.fixed { color: #00664a; font-weight: 600; }
 td.broken { color: #a04400; font-weight: 600; }
 .tokens { line-height: 2; margin: 0 0 2px; }
@@ -186,8 +188,8 @@ def _blocks(measured: Measured, picture: Picture) -> str:
     'the largest possible. CKA: linear, of the outputs before and after; 1 is '
     'unchanged. Fisher: mean diagonal entry after training, labels drawn from '
     f'the model, {measured.fisher_examples} examples. Gradient / weight: ratio '
-    'of norms before training; the largest says which block surgical '
-    'fine-tuning would move.</p>\n'
+    'of norms before training; the largest, that of a fresh head aside, says '
+    'which block surgical fine-tuning would move.</p>\n'
     f'{_chart(picture)}<div class="wide"><table><thead><tr>{head}</tr></thead>'
     f'\n<tbody>\n{body}</tbody></table></div>\n</section>\n'
   )
@@ -224,7 +226,11 @@ def _rates(picture: Picture | None) -> str:
 
 
 def _flips(measured: Measured, page: Page) -> str:
-  shown = measured.flips[: page.most_flips]
+  # The harm done is what one looks for: it gets up to half of the rows.
+  broken = [flip for flip in measured.flips if flip.kind == 'broken']
+  others = [flip for flip in measured.flips if flip.kind != 'broken']
+  shown = broken[: max(page.most_flips // 2, page.most_flips - len(others))]
+  shown += others[: page.most_flips - len(shown)]
   rows = ''.join(_flip_row(flip, page) for flip in shown)
   more = len(measured.flips) - len(shown)
   note = f'; {more} more are not shown' if more else ''
@@ -233,7 +239,8 @@ def _flips(measured: Measured, page: Page) -> str:
     for head in ('example', 'label', 'before', 'after', '')
   )
   table = (
-    f'<p class="note">The surest new answers first{note}.</p>\n'
+    '<p class="note">Broken ones first, each kind from the surest new answer '
+    f'on{note}.</p>\n'
     f'<div class="wide"><table><thead><tr>{heads}</tr></thead>\n'
     f'<tbody>\n{rows}</tbody></table></div>\n'
   )
