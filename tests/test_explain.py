@@ -134,7 +134,7 @@ def test_pixels_of_a_linear_model_are_weight_times_pixel():
   np.testing.assert_array_equal(blue, expected.sum(-1) > 0)
 
 
-CONFIG = models.BertConfig(20, 8, 2, 2, 16, 12)
+CONFIG = models.BertConfig(20, 8, 1, 2, 16, 12)
 
 
 @pytest.fixture(scope='module')

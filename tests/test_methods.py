@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import toys
 
-from fmeta import adapters, gradients, losses, memory, optim, penalty, tuning
+from fmeta import (
+  adapters,
+  gradients,
+  losses,
+  memory,
+  optim,
+  penalty,
+  surgical,
+  tuning,
+)
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.meta import episode_loss, reptile_loss
 from fmeta.testing import check_learner
@@ -37,6 +46,11 @@ ROWS = {
   'momentum': finetune(LOSS, optim.sgd(0.1, momentum=0.9, clip_norm=0.5)),
   'schedule': finetune(LOSS, optim.adamw(optim.warmup_linear(0.01, 10))),
   'select': finetune(LOSS, CLIPPED, tuning=SURGERY),
+  'auto_surgical': finetune(
+    LOSS,
+    CLIPPED,
+    tuning=surgical.auto_surgical(LOSS, PARAMS, [BATCH], also=('head/.*',)),
+  ),
   'lora': finetune(LOSS, CLIPPED, tuning=LORA),
   'lora_merged': finetune(
     LOSS, CLIPPED, tuning=adapters.lora_merged(MATRICES, rank=2)

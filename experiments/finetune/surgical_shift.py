@@ -19,7 +19,7 @@ second stage, third stage, head), everything, or the block that `auto_surgical`
 chooses from gradient-to-weight ratios on those 300 images before training.
 Every row chooses its rate on 300 other images from the same grid, with the
 first seed; all images are of the test split, which the model has not seen.
-Lee et al. 2022 (https://arxiv.org/abs/2210.11466, section 3): image corruption
+Lee et al. 2022 (https://arxiv.org/abs/2210.11466, section 2): image corruption
 -> first block, feature shift -> middle, label shift -> last. Expected and
 measured: experiments/README.md.
 """
