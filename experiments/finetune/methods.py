@@ -10,6 +10,7 @@ import optax
 import fmeta
 from experiments import minilm
 from experiments.common import placement, trial
+from experiments.finetune import saved
 from fmeta import (
   baselines,
   data,
@@ -17,17 +18,12 @@ from fmeta import (
   metrics,
   models,
   optim,
-  predict,
-  pretrained,
   table,
   train,
   tree,
 )
 from fmeta.datasets import docparams
-from fmeta.explain import recipe, text
 from fmeta.workdir import Context
-
-EXPLAINED = 500  # test texts kept for `python -m fmeta.explain` (untuned)
 
 
 @dataclasses.dataclass
@@ -210,8 +206,7 @@ class Method:
         rate, config.train_examples, config.epochs, seed, **options
       )
       if keep:
-        save_model(self.bench, fitted.params)
-        self.save_recipe(rate, seed, fitted)
+        saved.save(self.bench, self.multipliers, rate, seed, fitted)
       predictions = evaluate.evaluate(
         self.forward,
         fitted.params,
@@ -235,25 +230,6 @@ class Method:
 
     return trial(context, f'finetune/{self.name}/seed_{seed}', run)
 
-  def save_recipe(self, rate: float, seed: int, fitted: train.Fitted) -> None:
-    """Writes what `python -m fmeta.explain` reads beside the model."""
-    config, folder = self.bench.config, self.bench.context.workdir
-    schedule = optim.warmup_linear(rate, fitted.steps)
-    # The model kept is that of the best epoch; later steps were undone.
-    rates = jax.vmap(schedule)(jax.numpy.arange(fitted.best_step))
-    recipe.save(
-      folder,
-      recipe.Recipe(
-        config.model,
-        config.seed.init + seed,
-        tuple(rates.tolist()),
-        self.multipliers,
-      ),
-    )
-    test = data.take(self.bench.splits['test'], slice(0, EXPLAINED))
-    labels = [docparams.LABELS[k] for k in test['label']]
-    text.write_examples(folder / text.EXAMPLES, test['text'], labels)
-
   def table(self) -> str:
     """What moves, how fast, by which pattern."""
     return table.parameter_table(
@@ -262,18 +238,6 @@ class Method:
       jax.random.key(0),
       rates=self.multipliers,
     )
-
-
-def save_model(bench: Bench, params: dict) -> None:
-  """Writes `model/`, what `fmeta.predict` reads."""
-  predict.save_run(
-    bench.context.workdir,
-    bench.module,
-    params,
-    pretrained.find(bench.config.model),
-    docparams.LABELS,
-    bench.config.max_length,
-  )
 
 
 def baseline_rows(bench: Bench) -> dict[str, tuple[np.ndarray, str]]:
