@@ -152,7 +152,8 @@ def fit(bench: Bench, row: str, splits, rate: float, seed: int):
     optim.set_hyper(state, rate=rate, num_steps=steps),
     [train.Stage(row, batches, steps)],
     jax.random.key(config.seed.train + seed),
-    steps_per_dispatch=batches.steps_per_epoch,
+    # One: XLA's convolutions are 20 times slower in a loop on CPU (BUILD.md).
+    steps_per_dispatch=1,
     program=program,
     quiet=True,
     **placement(bench.context),

@@ -129,6 +129,8 @@ def pixels(
     model_state,
     jnp.asarray(target),
     steps=steps,
+    # All nodes at once: XLA's convolutions are slow inside a loop on CPU.
+    at_once=steps,
   )
 
 
