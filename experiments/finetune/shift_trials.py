@@ -90,7 +90,8 @@ def open_bench(config: Any, context: Context, path: pathlib.Path) -> Bench:
     data.fingerprint(test),
   )
   for row in config.rows:
-    bench.programs[row] = train.Program(
+    # Not in a loop: there XLA's convolutions take 14 times as long on CPU.
+    bench.programs[row] = train.Unrolled(
       fmeta.finetune(
         bench.loss_fn,
         optax.inject_hyperparams(_optimizer)(rate=0.0, num_steps=1.0),
@@ -152,8 +153,6 @@ def fit(bench: Bench, row: str, splits, rate: float, seed: int):
     optim.set_hyper(state, rate=rate, num_steps=steps),
     [train.Stage(row, batches, steps)],
     jax.random.key(config.seed.train + seed),
-    # One: XLA's convolutions are 20 times slower in a loop on CPU (BUILD.md).
-    steps_per_dispatch=1,
     program=program,
     quiet=True,
     **placement(bench.context),

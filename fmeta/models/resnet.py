@@ -7,10 +7,10 @@ head; depth 6 n + 2. Shortcuts have no parameters (option A). The names are
 
 Convolutions are XLA's own: `MatmulConv` is for second derivatives. With 16
 channels, 50 images and a 3x3 kernel, value and both gradients take 19 ms of
-CPU against 54 ms, with 64 channels 6 ms against 10 ms. Inside a loop (`scan`,
-several steps per dispatch) XLA's are 20 times slower on CPU: a step of
-ResNet-20 on 50 images takes 7.2 s of CPU there and 0.35 s outside (jax 0.10.2,
-2026-11-24).
+CPU against 54 ms, with 64 channels 6 ms against 10 ms. Inside a loop XLA's are
+20 times slower on CPU: a step of ResNet-20 on 50 images takes 7.2 s of CPU in
+a scan and 0.35 s outside (jax 0.10.2, 2026-11-24). Train them with
+`fit(..., program=train.Unrolled(learner))`.
 """
 
 import jax.numpy as jnp
