@@ -33,6 +33,7 @@ from fmeta.phases import Phase, chain_thaw, gradual_unfreezing, lp_ft, phases
 from fmeta.regularise import r_drop
 from fmeta.retune import retune
 from fmeta.sharpness import sharpness_aware
+from fmeta.surgical import auto_rates, auto_surgical
 from fmeta.tuning import full, select
 from fmeta.types import (
   Aux,
@@ -60,6 +61,8 @@ __all__ = (
   'adamw_per_leaf',
   'adapt',
   'append',
+  'auto_rates',
+  'auto_surgical',
   'averaged',
   'beside',
   'bitfit',

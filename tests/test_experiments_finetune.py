@@ -10,6 +10,8 @@ from experiments import run as job
 from experiments.finetune import docparams as panel_a
 from experiments.finetune import lpft_theory
 from fmeta import predict
+from fmeta.explain import __main__ as explaining
+from fmeta.explain import recipe
 from fmeta.report import Panel, Row, bars
 from fmeta.workdir import Context
 
@@ -50,6 +52,46 @@ def test_the_full_model_of_a_run_answers_as_it_was_trained(finished):
   shares = predict.probabilities(run, ['number of samples to draw', ''])
   assert shares.shape == (2, 10)
   np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-5)
+
+
+def test_a_finished_run_explains_itself(finished, tiny_bert, capsys):
+  flags = ['--limit=12', '--attributions=1']
+  assert explaining.main([str(finished), *flags]) == 0
+  written = capsys.readouterr().out.split()
+  assert [path.rpartition('/')[2] for path in written] == [
+    'explain.html',
+    'explain_blocks.png',
+    'explain_rates.png',
+  ]
+  page = (finished / 'explain.html').read_text()
+  for section in ('blocks', 'rates', 'flips', 'attributions', 'facts'):
+    assert f'<section id="{section}">' in page
+  assert 'body/layer_1' in page and 'completeness error' in page
+  assert str(tiny_bert) in page
+
+
+def test_the_recipe_gives_back_the_weights_before_the_first_step(finished):
+  told = recipe.load(finished)
+  start = recipe.start_of(told, 10)
+  end = predict.load_run(finished).params
+  assert told.multipliers == (('head/.*', 10.0), ('.*', 1.0))
+  assert max(told.rates) == pytest.approx(1e-3)
+  # One epoch of Adam moves the head's entries by about rate x 10 x steps.
+  moved = np.abs(np.asarray(end['head']['kernel'] - start['head']['kernel']))
+  assert 0 < moved.max() < 10 * 1.2 * sum(told.rates)
+
+
+def test_explaining_without_a_start_is_one_line(finished, tmp_path, capsys):
+  for argv, words in (
+    ([str(tmp_path)], "has no folder 'model'"),
+    ([str(finished), '--limit=1'], '--limit=1'),
+    ([str(finished), '--examples=nowhere'], "examples 'nowhere' cannot be"),
+    ([str(finished), '--start=nowhere'], "no model at 'nowhere'"),
+    ([], 'required: workdir'),
+  ):
+    assert explaining.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and '\n' not in error
 
 
 def test_resuming_a_finished_panel_repeats_no_trial(finished, monkeypatch):

@@ -13,9 +13,10 @@ ROWS = [
   {'errors'},
   {'types'},
   {'tree'},
+  {'blocks'},
   {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'}
   | {'averaging', 'mixout', 'sharpness'},
-  {'per_leaf', 'phases', 'retune'},
+  {'per_leaf', 'phases', 'retune', 'surgical'},
   {'learner'},
   {'losses', 'meta', 'meta_safe', 'mixing', 'regularise'},
 ]

@@ -19,6 +19,7 @@ from fmeta import (
   penalty,
   regularise,
   sharpness,
+  surgical,
   tree,
   tuning,
 )
@@ -79,6 +80,11 @@ ROWS = {
   'schedule': finetune(LOSS, optim.adamw(optim.warmup_linear(0.01, 10))),
   'select': finetune(LOSS, CLIPPED, tuning=SURGERY),
   'adamw_per_leaf': finetune(LOSS, adamw_per_leaf(0.01), tuning=SURGERY),
+  'auto_surgical': finetune(
+    LOSS,
+    CLIPPED,
+    tuning=surgical.auto_surgical(LOSS, PARAMS, [BATCH], also=('head/.*',)),
+  ),
   'lora': finetune(LOSS, CLIPPED, tuning=LORA),
   'lora_merged': finetune(
     LOSS, CLIPPED, tuning=adapters.lora_merged(MATRICES, rank=2)

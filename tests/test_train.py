@@ -99,6 +99,28 @@ def test_fit_equals_the_written_out_loop_bitwise(tuning, optimizer):
   assert fitted.flops_per_step > 0 and fitted.peak_bytes > 0
 
 
+def test_unrolled_steps_are_the_same_without_a_loop():
+  learner = learner_of()
+  programs = train.Program(learner), train.Unrolled(learner)
+  fitted = [
+    run(learner, num_steps=4, steps_per_dispatch=3, program=program)
+    for program in programs
+  ]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    *(one.params for one in fitted),
+  )
+  assert [line['step'] for line in fitted[1].history] == [1, 2, 3, 4]
+  assert programs[1].traces == 2
+  # Random bits have loops of their own, in the dispatch of one step no other.
+  looped, unrolled = (
+    sorted(c.as_text().count(' while(') for c in program._compiled.values())
+    for program in programs
+  )
+  own = unrolled[0]
+  assert looped == [own, own + 1] and unrolled == [own, 3 * own]
+
+
 def test_boundaries_and_shapes_shorten_chunks_without_changing_results():
   def bucketed(index):
     return batches(index, 4 if index % 5 == 3 else 8)

@@ -10,6 +10,7 @@ import optax
 import fmeta
 from experiments import minilm
 from experiments.common import placement, trial
+from experiments.finetune import saved
 from fmeta import (
   baselines,
   data,
@@ -17,8 +18,6 @@ from fmeta import (
   metrics,
   models,
   optim,
-  predict,
-  pretrained,
   table,
   train,
   tree,
@@ -207,7 +206,7 @@ class Method:
         rate, config.train_examples, config.epochs, seed, **options
       )
       if keep:
-        save_model(self.bench, fitted.params)
+        saved.save(self.bench, self.multipliers, rate, seed, fitted)
       predictions = evaluate.evaluate(
         self.forward,
         fitted.params,
@@ -239,18 +238,6 @@ class Method:
       jax.random.key(0),
       rates=self.multipliers,
     )
-
-
-def save_model(bench: Bench, params: dict) -> None:
-  """Writes `model/`, what `fmeta.predict` reads."""
-  predict.save_run(
-    bench.context.workdir,
-    bench.module,
-    params,
-    pretrained.find(bench.config.model),
-    docparams.LABELS,
-    bench.config.max_length,
-  )
 
 
 def baseline_rows(bench: Bench) -> dict[str, tuple[np.ndarray, str]]:

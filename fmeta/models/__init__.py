@@ -17,6 +17,7 @@ from fmeta.models.bert import BertClassifier
 from fmeta.models.bert_layers import BertConfig, with_dropout
 from fmeta.models.conv import BatchNorm, Conv4, MatmulConv
 from fmeta.models.mlp import Mlp
+from fmeta.models.resnet import ResNet
 from fmeta.types import Array, Batch, Forward, ModelState, Params
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
   'Conv4',
   'MatmulConv',
   'Mlp',
+  'ResNet',
   'TEXT',
   'IMAGE',
   'forward',

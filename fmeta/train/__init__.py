@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from fmeta import sharding
 from fmeta.errors import UsageError
 from fmeta.sharding import Rules
-from fmeta.train.dispatch import Program, own, strong
+from fmeta.train.dispatch import Program, Unrolled, own, strong
 from fmeta.train.log import Live, Metrics, refuse_used
 from fmeta.train.loop import Loop
 from fmeta.train.saver import Saver, on_sigterm
@@ -27,7 +27,15 @@ from fmeta.train.stages import Diverged, Fitted, Phased, Settings, Stage
 from fmeta.train.stopping import Monitor
 from fmeta.types import Array, Batch, Forward, Learner, Params, TrainState
 
-__all__ = ['Diverged', 'Fitted', 'Phased', 'Program', 'Stage', 'fit']
+__all__ = [
+  'Diverged',
+  'Fitted',
+  'Phased',
+  'Program',
+  'Stage',
+  'Unrolled',
+  'fit',
+]
 
 
 def fit(

@@ -1,0 +1,162 @@
+"""Which block repairs which shift? ResNets on CIFAR-10, one block at a time.
+
+  python -m experiments.run --config=experiments/finetune/surgical_shift.py \\
+    --data_dir=DIR
+
+`DIR` holds `cifar10/` and `checkpoints/cifar10_resnet<depth>.safetensors`. A
+ResNet trained on CIFAR-10 meets ten shifts, which were fixed on 2026-11-24
+before the first run:
+
+- of the image, at the constants of CIFAR-10-C, severity 5: gaussian_noise,
+  gaussian_blur, brightness, contrast, pixelate, jpeg;
+- of the label: label_flip (y to 9 - y), label_merge (odd classes to the even
+  one below);
+- of features: stage_1_scaled, stage_2_scaled (fixed random factors on the
+  channels that the stage gives).
+
+For each of them 300 shifted images train one block (stem and first stage,
+second stage, third stage, head), everything, or the block that `auto_surgical`
+chooses from gradient-to-weight ratios on those 300 images before training.
+Every row chooses its rate on 300 other images from the same grid, with the
+first seed; all images are of the test split, which the model has not seen.
+Lee et al. 2022 (https://arxiv.org/abs/2210.11466, section 2): image corruption
+-> first block, feature shift -> middle, label shift -> last. Expected and
+measured: experiments/README.md.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from experiments.common import Seeds
+from experiments.finetune import shift_trials, shifts
+from experiments.finetune.shift_trials import BLOCKS, NONE, open_bench
+from fmeta import tree
+from fmeta.errors import UsageError, suggest
+from fmeta.workdir import Context
+
+AUTO = 'auto'
+
+
+@dataclasses.dataclass
+class Config:
+  """What one would sweep."""
+
+  seed: Seeds = dataclasses.field(default_factory=Seeds)
+  seeds: int = 3
+  depth: int = 20
+  checkpoint: str | None = None  # by default that of `depth` in data_dir
+  shifts: tuple[str, ...] = shifts.SHIFTS
+  rows: tuple[str, ...] = (*BLOCKS, 'full')
+  rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+  # Fifteen epochs in the paper's appendix; ten at these rates (untuned).
+  epochs: int = 10
+  batch_size: int = 50
+  tune_examples: int = 300
+  validation_examples: int = 300
+  test_examples: int = 1500
+  explain: bool = True
+
+
+SMALL = {
+  'seeds': 1,
+  'shifts': ('gaussian_blur', 'label_flip'),
+  'rows': ('early', 'head'),
+  'rates': (1e-2,),
+  'epochs': 1,
+  'batch_size': 8,
+  'tune_examples': 16,
+  'validation_examples': 16,
+  'test_examples': 32,
+}
+
+
+def checkpoint_of(config: Config, context: Context) -> pathlib.Path:
+  """Where the weights are.
+
+  Raises:
+    UsageError: if neither a file nor a folder was named.
+  """
+  if config.checkpoint:
+    return pathlib.Path(config.checkpoint)
+  folder = context.data_dir or os.environ.get('FMETA_DATA_DIR')
+  if not folder:
+    raise UsageError(
+      'the weights are not known; give --data_dir=DIR with checkpoints/ and '
+      'cifar10/ in it, or --config.checkpoint=FILE'
+    )
+  name = f'cifar10_resnet{config.depth}.safetensors'
+  return pathlib.Path(folder) / 'checkpoints' / name
+
+
+def check(config: Config) -> None:
+  """Refuses unknown shifts and rows before anything is loaded."""
+  for kind, given, known in (
+    ('shift', config.shifts, shifts.SHIFTS),
+    ('row', config.rows, (*BLOCKS, 'full')),
+  ):
+    for name in given:
+      if name not in known:
+        raise UsageError(f'no {kind} {name!r}{suggest(name, known, limit=12)}')
+  if not set(config.rows) & set(BLOCKS):
+    raise UsageError(f'rows={config.rows} name no block of {list(BLOCKS)}')
+
+
+def auto_picks(config: Config, result: dict) -> list[str]:
+  """The block with the largest ratio among the rows, for each seed."""
+  blocks = [name for name in BLOCKS if name in config.rows]
+  return [max(blocks, key=ratios.get) for ratios in result['ratios']]
+
+
+def summary(config: Config, result: dict) -> dict:
+  """Mean accuracies of a shift, its blocks from best to worst, auto's hits.
+
+  Args:
+    config: the settings.
+    result: of one shift: row -> accuracies by seed, and `ratios`.
+  """
+  picks = auto_picks(config, result)
+  means = {row: float(np.mean(result['rows'][row])) for row in config.rows}
+  means[NONE] = float(np.mean(result['rows'][NONE]))
+  chosen = [result['rows'][pick][seed] for seed, pick in enumerate(picks)]
+  means[AUTO] = float(np.mean(chosen))
+  blocks = [name for name in BLOCKS if name in config.rows]
+  order = sorted(blocks, key=lambda name: -means[name])
+  hits = [pick in order[:2] for pick in picks]
+  return {'means': means, 'order': order, 'picks': picks, 'hits': hits}
+
+
+def line(name: str, found: dict) -> str:
+  """One printed row."""
+  cells = '  '.join(
+    f'{row} {100 * value:5.1f}' for row, value in found['means'].items()
+  )
+  picks = '/'.join(found['picks'])
+  return f'{name:<15} {cells}  best {found["order"][0]}, auto {picks}'
+
+
+def run(config: Config, context: Context) -> dict:
+  """Trains every row under every shift and prints a table."""
+  check(config)
+  path = checkpoint_of(config, context)
+  bench = open_bench(config, context, path)
+  metrics, hits = {}, []
+  for name in config.shifts:
+    found = summary(config, shift_trials.measure(bench, name))
+    print(line(name, found), flush=True)
+    for row, value in found['means'].items():
+      metrics[f'{name}/{row}'] = value
+    metrics[f'{name}/auto in the best two'] = float(np.mean(found['hits']))
+    hits += found['hits']
+  metrics['auto in the best two'] = float(np.mean(hits))
+  share = metrics['auto in the best two']
+  print(f'auto_surgical took one of the best two blocks in {share:.0%}')
+  if config.explain:
+    shift_trials.explain_one(bench, config.shifts[0])
+  return {
+    'metrics': metrics,
+    'total_parameters': tree.size(bench.params),
+    'data_sha256': bench.data_sha256,
+  }
