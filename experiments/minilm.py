@@ -20,7 +20,7 @@ from fmeta.models import BertClassifier, forward
 from fmeta.pretrained import MINILM, MINILM_SHA256, load_bert
 from fmeta.types import Forward, Params
 
-BUCKETS = (16, 32)
+BUCKETS = (16, 32, 64)
 EVAL_ROWS = 64
 HIDDEN = ('hidden', 'attention_mask')
 
