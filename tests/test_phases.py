@@ -153,9 +153,9 @@ def test_each_phase_is_traced_once_and_moves_its_leaves_only(chain):
   assert chain.whole.steps == chain.num_steps
 
 
-def rewound(chain, step, folder):
+def rewound(source, step, folder):
   """The run's folder as a kill right after that step would leave it."""
-  shutil.copytree(chain.folder, folder)
+  shutil.copytree(source, folder)
   for path in (folder / 'checkpoints' / 'steps').iterdir():
     if int(path.name) > step:
       shutil.rmtree(path)
@@ -164,11 +164,30 @@ def rewound(chain, step, folder):
 
 @pytest.mark.parametrize('step', [1, 3, 5, 6, 8, 9, 10, 12])
 def test_resume_from_boundaries_and_between_is_bitwise(chain, step, tmp_path):
-  folder = rewound(chain, step, tmp_path / 'run')
+  folder = rewound(chain.folder, step, tmp_path / 'run')
   resumed = chain.run(workdir=folder, resume=True, after_stage=lambda *_: [])
   assert_same(chain.whole.state, resumed.state, 'resumed')
   assert resumed.history == chain.whole.history
   assert resumed.history[-1]['step'] == chain.num_steps
+
+
+def test_resume_after_factors_were_merged_into_a_frozen_kernel(tmp_path):
+  # Never trainable, and yet not the caller's any more.
+  lora = fmeta.lora_merged('body/.*', rank=2)
+  phases = fmeta.phases([(2, lora), (2, fmeta.select(BLOCKS[0]))])
+  phased = train.Phased(phases, learner_of)
+  options = {
+    'program': [train.Program(learner) for learner in phased.learners],
+    'steps_per_dispatch': 1,
+  }
+  stages = phased.stages('task', batches)
+  whole = fit(stages, workdir=tmp_path / 'whole', checkpoint_every=1, **options)
+  folder = rewound(tmp_path / 'whole', 3, tmp_path / 'run')
+  resumed = fit(stages, workdir=folder, resume=True, **options)
+  assert_same(whole.state, resumed.state, 'resumed')
+  start = toys.three_kernels()['body']['layer_1']['kernel']
+  merged = whole.state.frozen['body']['layer_1']['kernel']
+  assert not np.array_equal(merged, start)
 
 
 def test_a_frozen_leaf_is_written_once_per_content(chain):
@@ -185,7 +204,7 @@ def test_other_pretrained_weights_are_refused_in_a_later_phase(chain, tmp_path):
     'kernel': params['body']['layer_1']['kernel'] + 1
   }
   state = chain.stages[0].learner.init(params, jax.random.key(1))
-  folder = rewound(chain, 5, tmp_path / 'run')
+  folder = rewound(chain.folder, 5, tmp_path / 'run')
   with pytest.raises(UsageError, match="'body/layer_1/kernel' differs"):
     chain.run(state=state, workdir=folder, resume=True)
 

@@ -10,7 +10,7 @@ from fmeta.errors import UsageError
 from fmeta.retune import retune
 from fmeta.train.dispatch import Program
 from fmeta.train.stages import Stage
-from fmeta.types import Array, Learner, TrainState
+from fmeta.types import Array, Learner, Params, TrainState
 
 # Beside the streams of `fmeta.learner`, folded into the step's key.
 RETUNE = 5
@@ -81,12 +81,22 @@ class Boundaries:
     last = len(self.learners) - 1
     jax.eval_shape(lambda start: self._retuned(start, 0, last), state)
 
-  def never_moved(self, state: TrainState, stop: int) -> set[str]:
-    """Names of leaves that are frozen in every learner up to `stop`."""
-    names = set(tree.names(state.frozen))
+  def rebuild(self, state: TrainState, stop: int) -> tuple[TrainState, set]:
+    """Shapes a state of learner 0 like one of learner `stop`.
+
+    Returns:
+      The state, placed, and the names of its frozen leaves that every phase
+      up to there leaves as they are: neither trained nor merged into. All
+      other values are meaningless until they are loaded.
+    """
+    shaped, fixed = state, _named(state.frozen)
     for number in range(stop):
-      state = jax.eval_shape(
-        lambda before, k=number: self._retuned(before, k, k + 1), state
-      )
-      names &= set(tree.names(state.frozen))
-    return names
+      shaped = self._retuned(shaped, number, number + 1)
+      now = _named(shaped.frozen)
+      # By identity: a merge makes a new array.
+      fixed = {n: leaf for n, leaf in fixed.items() if now.get(n) is leaf}
+    return (state if shaped is state else self._place(shaped)), set(fixed)
+
+
+def _named(frozen: Params) -> dict[str, Array]:
+  return dict(zip(tree.names(frozen), jax.tree.leaves(frozen), strict=True))

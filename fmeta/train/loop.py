@@ -80,11 +80,11 @@ class Loop:
     if found is None:
       return
     self.progress = Progress.from_json(found)
-    at, given = self.progress.learner, self._state()
-    fixed = self.boundaries.never_moved(given, at)
     # The structure of that phase; its values come from the checkpoint.
-    self._take(self.boundaries.cross(given, 0, at))
-    state, self.kept = self.saver.restore(self._state(), self._leaves(), fixed)
+    at = self.progress.learner
+    shaped, fixed = self.boundaries.rebuild(self._state(), at)
+    self._take(shaped)
+    state, self.kept = self.saver.restore(shaped, self._leaves(), fixed)
     self._take(state)
 
   def terminate(self) -> None:

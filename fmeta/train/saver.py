@@ -74,8 +74,8 @@ class Saver:
     Args:
       state: shaped like it, with the caller's values of frozen leaves.
       best: shaped like its best leaves.
-      fixed: frozen leaves that no phase has moved so far: the caller's values
-        must be the checkpoint's. The others are loaded.
+      fixed: frozen leaves that no phase has changed so far: the caller's
+        values must be the checkpoint's. The others are loaded.
 
     Raises:
       UsageError: if it is of another model or tuning.
