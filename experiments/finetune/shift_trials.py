@@ -244,7 +244,7 @@ def explain_one(bench: Bench, name: str) -> None:
     {
       'tuned': f'{row}, rate {rate:g}, {fitted.steps} steps',
       'commit': result.commit(),
-      'versions': result.versions(),
+      'versions': ', '.join(f'{k} {v}' for k, v in result.versions().items()),
     },
     case.recipe,
   )
