@@ -12,7 +12,14 @@ import toys
 
 from fmeta import data, explain, fisher, models, surgical, tree
 from fmeta.errors import UsageError
-from fmeta.explain import activations, attribution, figures, recipe, text
+from fmeta.explain import (
+  activations,
+  attribution,
+  figures,
+  images,
+  recipe,
+  text,
+)
 from fmeta.explain.flips import Flip
 
 RANDOM = np.random.default_rng(0)
@@ -132,6 +139,20 @@ def test_pixels_of_a_linear_model_are_weight_times_pixel():
   colours = figures.heat(found.values)
   blue = colours[..., 2] > colours[..., 0]
   np.testing.assert_array_equal(blue, expected.sum(-1) > 0)
+
+
+def test_image_pages_show_each_image_beside_its_heat_map():
+  pictures = RANDOM.uniform(size=(3, 4, 4, 3)).astype(np.float32)
+  kernel = RANDOM.normal(size=(48, 5)).astype(np.float32)
+  params, state = {'head': {'kernel': kernel}}, {'scale': jnp.asarray(2.0)}
+  case = explain.Case(linear_image, params, params, [], state, state)
+  shares = np.eye(5)[[0, 1, 2]]
+  found = explain.Measured([], np.arange(3), shares, shares, [], 0)
+  shown = images.explained(case, pictures, found, list('abcde'), 2, steps=2)
+  assert len(shown) == 2 and len(images.examples(pictures)) == 3
+  logit = 2 * (pictures[1].ravel() @ kernel[:, 1])
+  assert f'b (label b), logit {logit:+.2f} against black' == shown[1].title
+  assert shown[1].shown.count('<img') == 2 and shown[1].error < 1e-4
 
 
 CONFIG = models.BertConfig(20, 8, 1, 2, 16, 12)

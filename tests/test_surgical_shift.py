@@ -155,7 +155,7 @@ def test_summary_counts_auto_among_the_best_two():
   assert found['means']['auto'] == pytest.approx((0.5 + 0.2) / 2)
 
 
-def test_the_experiment_reports_every_row_and_explains_one(folder, tmp_path):
+def test_the_experiment_reports_every_row(folder, tmp_path):
   workdir = tmp_path / 'run'
   small = {**surgical_shift.SMALL, 'checkpoint': folder / 'tiny.safetensors'}
   data_dir = f'--data_dir={folder}'
@@ -167,8 +167,6 @@ def test_the_experiment_reports_every_row_and_explains_one(folder, tmp_path):
     auto = result[f'{shift}/auto']
     assert auto in (result[f'{shift}/early'], result[f'{shift}/head'])
   assert result['auto in the best two'] == 1  # Of two blocks.
-  page = (workdir / 'explain.html').read_text()
-  assert page.count('its heat map') == 8 and 'body/stage_2' in page
 
 
 @pytest.mark.parametrize(

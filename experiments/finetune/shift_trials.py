@@ -240,11 +240,18 @@ def explain_one(bench: Bench, name: str) -> None:
     f'What fine-tuning {row} changed: ResNet-{bench.module.depth}, {name}',
     cifar.CLASSES,
     images.examples(test['image']),
-    images.explained(case, test['image'], measured, cifar.CLASSES, 8),
+    images.explained(
+      case,
+      test['image'],
+      measured,
+      cifar.CLASSES,
+      bench.config.explained,
+      bench.config.nodes,
+    ),
     {
       'tuned': f'{row}, rate {rate:g}, {fitted.steps} steps',
       'commit': result.commit(),
-      'versions': result.versions(),
+      'versions': ', '.join(f'{k} {v}' for k, v in result.versions().items()),
     },
     case.recipe,
   )

@@ -57,7 +57,8 @@ class Config:
   tune_examples: int = 300
   validation_examples: int = 300
   test_examples: int = 1500
-  explain: bool = True
+  explained: int = 8  # images explained by pixel; 0: no page
+  nodes: int = 200  # of their integrals
 
 
 SMALL = {
@@ -70,6 +71,7 @@ SMALL = {
   'tune_examples': 16,
   'validation_examples': 16,
   'test_examples': 32,
+  'explained': 0,
 }
 
 
@@ -153,7 +155,7 @@ def run(config: Config, context: Context) -> dict:
   metrics['auto in the best two'] = float(np.mean(hits))
   share = metrics['auto in the best two']
   print(f'auto_surgical took one of the best two blocks in {share:.0%}')
-  if config.explain:
+  if config.explained:
     shift_trials.explain_one(bench, config.shifts[0])
   return {
     'metrics': metrics,

@@ -27,7 +27,7 @@ def explained(
   measured: Measured,
   labels: Sequence[str],
   count: int,
-  steps: int = 50,
+  steps: int = 200,
 ) -> list[page.Explained]:
   """Heat maps of the flipped examples, then of the first ones.
 
@@ -39,7 +39,8 @@ def explained(
     measured: what `measure` gave for the case.
     labels: names of the classes.
     count: how many.
-    steps: see `integrated_gradients`.
+    steps: see `integrated_gradients`. With 50 the completeness error on
+      ResNet-20, whose relus bend the path, was 0.3 to 4.2 % (2026-11-24).
   """
   rows = [flip.index for flip in measured.flips]
   rows += [i for i in range(len(images)) if i not in rows]

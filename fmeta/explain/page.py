@@ -45,6 +45,7 @@ td.broken { color: #a04400; font-weight: 600; }
 .tokens { line-height: 2; margin: 0 0 2px; }
 .tokens span { padding: 3px 1px; border-radius: 3px; }
 .explained { margin: 0 0 16px; }
+.explained img.tile { width: 112px; height: 112px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px;
   font-size: 14px; margin: 0; }
 dt { color: #57606a; }
