@@ -68,6 +68,8 @@ def test_a_contender_that_dies_gives_its_exit_status():
 
 
 @pytest.mark.oracle
+# peft reads a name that transformers is about to rename.
+@pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing')
 def test_both_sides_of_the_fine_tuning_benchmark_run():
   from experiments.benchmarks import finetune
 
