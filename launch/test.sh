@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv, then ruff, pyright and pytest. Arguments go to pytest.
-#   ./launch/test.sh --oracles    only the comparisons with peer libraries
+#   ./launch/test.sh --oracles    the comparisons with peer libraries, and the
+#                                 tests that need code compiled as for users
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -12,7 +13,7 @@ done
 cd "$root"
 if [ -n "$oracles" ]; then
   set_up requirements-test requirements-oracles
-  exec "$python" -m pytest -m oracle "$@"
+  exec "$python" -m pytest -m 'oracle or optimised' "$@"
 fi
 set_up requirements-test
 "$python" -m ruff format --check .
