@@ -56,6 +56,17 @@ def optimised():
 
 
 @pytest.fixture
+def as_users(optimised):
+  """Compiles exactly as users do; skips where XLA_FLAGS forbid it.
+
+  For what is bitwise only so: without XLA's fusion emitters a scanned and a
+  looped step may differ in the last bit.
+  """
+  if 'fusion_emitters=false' in os.environ.get('XLA_FLAGS', ''):
+    pytest.skip('needs code compiled as for users: --oracles')
+
+
+@pytest.fixture
 def x64():
   """Runs a test in float64."""
   with jax.enable_x64(True):
