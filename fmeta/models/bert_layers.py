@@ -10,7 +10,7 @@ for them (`fmeta.adapters.prefix`, `fmeta.adapters.prompt`):
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,12 +90,25 @@ def with_dropout(
   )
 
 
+def by_rows(x: Array, kernel: Array, dims: Any, **options: Any) -> Array:
+  """`lax.dot_general` of [..., n] and [n, m], with one leading axis.
+
+  A trap in XLA on CPU: the gradient of a kernel contracts over all leading
+  axes, and with two of them the gradient of the outputs is first copied into
+  transposed order. One leading axis needs no copy.
+  """
+  del dims  # the last axis of x with the first of the kernel
+  flat = x.reshape(-1, x.shape[-1])
+  out = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
+  return out.reshape(*x.shape[:-1], -1)
+
+
 def dense(
   config: BertConfig, features: int, name: str | None = None
 ) -> nn.Dense:
   """A projection with BERT's initialisation."""
   init = nn.initializers.normal(config.initializer_range)
-  return nn.Dense(features, kernel_init=init, name=name)
+  return nn.Dense(features, kernel_init=init, dot_general=by_rows, name=name)
 
 
 def embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
