@@ -56,16 +56,22 @@ def majority(train_labels: ArrayLike, num_test: int) -> Baseline:
 
 
 def class_means(
-  embeddings: Array, labels: Array, num_classes: int
+  embeddings: Array,
+  labels: Array,
+  num_classes: int,
+  weight: Array | None = None,
 ) -> tuple[Array, Array]:
   """Mean embedding per class [C, D] and number of examples per class [C].
 
-  The mean of a class without examples is zero; its count says so.
+  The mean of a class without examples is zero; its count says so. Rows count
+  as often as `weight` [N] says, 0 for padding.
   """
   member = jax.nn.one_hot(labels, num_classes, dtype=embeddings.dtype)
+  if weight is not None:
+    member = member * weight.astype(member.dtype)[:, None]
   counts = member.sum(0)
   sums = jnp.matmul(member.T, embeddings, precision='highest')
-  return sums / jnp.maximum(counts, 1)[:, None], counts
+  return sums / jnp.where(counts > 0, counts, 1)[:, None], counts
 
 
 def unit_length(vectors: Array) -> Array:

@@ -143,7 +143,7 @@ def episodes(
   for name, value in sizes.items():
     if value < 1:
       raise UsageError(f'{name} {value} is not positive; give at least 1')
-  groups = _rows_by_class(columns, key, classes)
+  groups = rows_by_class(columns, key, classes)
   _check_enough(groups, ways, shots, queries)
   counts = np.array([len(rows) for rows in groups.values()])
   members = np.zeros((len(groups), counts.max()), np.int64)
@@ -162,7 +162,7 @@ def episodes(
   )
 
 
-def _rows_by_class(
+def rows_by_class(
   columns: Columns, key: str, classes: Iterable[Any] | None
 ) -> dict[Any, np.ndarray]:
   """Class -> its row numbers, classes in sorted or in the given order."""
@@ -213,7 +213,7 @@ class EpisodeList(Sequence):
   Made when read, for 600 episodes of images would fill the memory.
   """
 
-  def __init__(self, source: Episodes, num: int):
+  def __init__(self, source: Any, num: int):
     self.source, self.num = source, num
 
   def __len__(self) -> int:

@@ -148,6 +148,8 @@ def evaluate_episodes(
 ) -> np.ndarray:
   """Query accuracy of each of the first `num` episodes, float64 [num].
 
+  Queries of weight zero (padding) do not count.
+
   Args:
     predict_fn: `(params, episode batch, rng) -> logits [tasks, Q, ways]`,
       adapted to the support set; jitted here, so it must be pure.
@@ -173,11 +175,12 @@ def evaluate_episodes(
         f'predict_fn gave {logits.shape} for query labels {labels.shape}; '
         'it gives logits [tasks, queries, ways]'
       )
-    rights.append((logits, labels))
+    weight = np.asarray(episode['query'].get('weight', np.ones(labels.shape)))
+    rights.append((logits, labels, weight))
     done, index = done + len(labels), index + 1
   per_batch = [
-    (_to_host(logits).argmax(-1) == labels).mean(-1)
-    for logits, labels in rights
+    np.average(_to_host(logits).argmax(-1) == labels, -1, weight)
+    for logits, labels, weight in rights
   ]
   return np.concatenate(per_batch).astype(np.float64)[:num]
 
