@@ -10,7 +10,7 @@ for them (`fmeta.adapters.prefix`, `fmeta.adapters.prompt`):
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,17 +90,15 @@ def with_dropout(
   )
 
 
-def by_rows(x: Array, kernel: Array, dims: Any, **options: Any) -> Array:
-  """`lax.dot_general` of [..., n] and [n, m], with one leading axis.
+def rows(hidden: Array) -> Array:
+  """[B, L, H] -> [B L, H], what projections are given.
 
-  A trap in XLA on CPU: the gradient of a kernel contracts over all leading
+  Two traps in XLA on CPU: the gradient of a kernel contracts over all leading
   axes, and with two of them the gradient of the outputs is first copied into
-  transposed order. One leading axis needs no copy.
+  transposed order; and an activation between two shapes needs a buffer of its
+  own.
   """
-  del dims  # the last axis of x with the first of the kernel
-  flat = x.reshape(-1, x.shape[-1])
-  out = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
-  return out.reshape(*x.shape[:-1], -1)
+  return hidden.reshape(-1, hidden.shape[-1])
 
 
 def dense(
@@ -108,7 +106,7 @@ def dense(
 ) -> nn.Dense:
   """A projection with BERT's initialisation."""
   init = nn.initializers.normal(config.initializer_range)
-  return nn.Dense(features, kernel_init=init, dot_general=by_rows, name=name)
+  return nn.Dense(features, kernel_init=init, name=name)
 
 
 def embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
@@ -117,10 +115,32 @@ def embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
   return nn.Embed(rows, config.hidden_size, embedding_init=init, name=name)
 
 
-def norm(config: BertConfig, name: str) -> nn.LayerNorm:
+class Norm(nn.Module):
+  """Layer norm (Ba et al. 2016) that scales last.
+
+  (x - mean) / sqrt(var + eps) * scale + bias. `nn.LayerNorm` multiplies scale
+  and root first, and so forms a [B, L, H] array that lives until the backward
+  pass. The variance is that of x - mean: E[x^2] - E[x]^2 loses digits where
+  the mean is large.
+  """
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[..., H] -> the same."""
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+    return normal * scale.reshape(shape) + bias.reshape(shape)
+
+
+def norm(config: BertConfig, name: str) -> Norm:
   """A layer norm with BERT's epsilon."""
-  # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-  return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
+  return Norm(config.layer_norm_eps, name=name)
 
 
 def gelu(x: Array) -> Array:
@@ -222,10 +242,10 @@ class Embeddings(nn.Module):
 def _prompted(prompt, word, token_type_ids):
   """Puts a prompt, of segment 0, before the words of every row."""
   shape = (word.shape[0], *prompt.shape)
-  rows = jnp.broadcast_to(prompt[None].astype(word.dtype), shape)
+  before = jnp.broadcast_to(prompt[None].astype(word.dtype), shape)
   if token_type_ids is not None:
     token_type_ids = jnp.pad(token_type_ids, ((0, 0), (len(prompt), 0)))
-  return jnp.concatenate([rows, word], axis=1), token_type_ids
+  return jnp.concatenate([before, word], axis=1), token_type_ids
 
 
 class Attention(nn.Module):
@@ -242,9 +262,10 @@ class Attention(nn.Module):
     """[B, L, H] -> the same."""
     config = self.config
     split = (*hidden.shape[:2], config.num_heads, -1)
+    flat = rows(hidden)
 
     def project(name):
-      return dense(config, config.hidden_size, name)(hidden).reshape(split)
+      return dense(config, config.hidden_size, name)(flat).reshape(split)
 
     query, key, value = project('query'), project('key'), project('value')
     mask, past = masks.attention, self.past()
@@ -254,10 +275,8 @@ class Attention(nn.Module):
       mask = self._with_past(mask, len(past[0]))
     weights = drop(attend(query, key, bias), mask, config.attention_dropout)
     mixed = jnp.einsum('bhlm,bmhd->blhd', weights, value)
-    out = dense(config, config.hidden_size, 'output')(
-      mixed.reshape(hidden.shape)
-    )
-    out = masks.branch(out, 0, config.dropout)
+    out = dense(config, config.hidden_size, 'output')(mixed.reshape(flat.shape))
+    out = masks.branch(out.reshape(hidden.shape), 0, config.dropout)
     return norm(config, 'norm')(hidden + out)
 
   def _with_past(self, mask: Array | None, length: int) -> Array | None:
@@ -286,9 +305,9 @@ class Mlp(nn.Module):
   def __call__(self, hidden: Array, masks: Masks) -> Array:
     """[B, L, H] -> the same."""
     config = self.config
-    inner = gelu(dense(config, config.intermediate_size, 'up')(hidden))
+    inner = gelu(dense(config, config.intermediate_size, 'up')(rows(hidden)))
     out = dense(config, config.hidden_size, 'down')(inner)
-    out = masks.branch(out, 1, config.dropout)
+    out = masks.branch(out.reshape(hidden.shape), 1, config.dropout)
     return norm(config, 'norm')(hidden + out)
 
 
