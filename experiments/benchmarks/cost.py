@@ -56,30 +56,29 @@ SMALL = {
 
 def tunings(config: Config) -> dict[str, fmeta.Tuning]:
   """Row -> what moves; the head moves in all of them."""
-  last = config.num_layers - 1
+  last, head = config.num_layers - 1, ('head/.*',)
   kernels = r'body/layer_\d+/.*kernel'
   past = r'body/layer_\d+/attention/(key|value)/kernel'
   after = r'body/layer_\d+/(attention/output|mlp/down)/kernel'
-  factors = {'rank': config.rank, 'also': ('head/.*',)}
-  also = {'also': ('head/.*',)}
+  factors = {'rank': config.rank, 'also': head}
   return {
     'full': fmeta.full(),
     'probe': fmeta.select('head/.*'),
     'last block': fmeta.select(f'body/layer_{last}/.*', 'head/.*'),
     'first block': fmeta.select('body/layer_0/.*', 'head/.*'),
-    'bitfit': adapters.bitfit(**also),
-    'norm tuning': adapters.norm_tuning(**also),
+    'bitfit': adapters.bitfit(also=head),
+    'norm tuning': adapters.norm_tuning(also=head),
     'lora': adapters.lora(kernels, alpha=ALPHA, **factors),
     'rslora': adapters.rslora(kernels, alpha=ALPHA, **factors),
     'dora': adapters.dora(kernels, alpha=ALPHA, **factors),
     'pissa': adapters.pissa(kernels, **factors),
     'vera': adapters.vera(kernels, **factors),
     'ia3': adapters.ia3(
-      past, inputs=(r'body/layer_\d+/mlp/down/kernel',), **also
+      past, inputs=(r'body/layer_\d+/mlp/down/kernel',), also=head
     ),
-    'bottleneck': adapters.bottleneck(after, width=config.rank, **also),
-    'prefix': adapters.prefix(past, length=config.rank, **also),
-    'prompt': adapters.prompt(length=config.rank, **also),
+    'bottleneck': adapters.bottleneck(after, width=config.rank, also=head),
+    'prefix': adapters.prefix(past, length=config.rank, also=head),
+    'prompt': adapters.prompt(length=config.rank, also=head),
   }
 
 
@@ -155,6 +154,23 @@ def by_hand(module: Any, batch: Any, state: Any, scale: float) -> tuple:
   return numbers(lowered)
 
 
+def measure(row: str, config: Config, where: tuple) -> dict[str, float]:
+  """The numbers of one row; `where` is from `setting`."""
+  module, params, batch = where
+  flops, held, state = ours(module, params, batch, tunings(config)[row])
+  bound = by_hand(module, batch, state, scale_of(row, config))
+  return {
+    'moving': tree.size(state.trainable),
+    'flops': flops,
+    'flops ratio': flops / bound[0],
+    'temp bytes': held,
+    'temp ratio': held / bound[1],
+    'slots ratio': (
+      tree.num_bytes(state.opt_state) / tree.num_bytes(state.trainable)
+    ),
+  }
+
+
 def run(config: Config, context: Context) -> dict:
   """Compiles every row and prints the table."""
   del context
@@ -162,28 +178,14 @@ def run(config: Config, context: Context) -> dict:
   for row in config.rows:
     if row not in known:
       raise fmeta.UsageError(f'no row {row!r}; possible: {", ".join(known)}')
-  module, params, batch = setting(config)
-  metrics = {}
-  print(
-    f'{"tuning":<12} {"moving":>10} {"GFLOP":>8} {"ratio":>6} '
-    f'{"MB":>7} {"ratio":>6} {"slots":>6}'
-  )
+  where, metrics = setting(config), {}
+  print('tuning           moving    GFLOP  ratio      MB  ratio  slots')
   for row in config.rows or known:
-    flops, held, state = ours(module, params, batch, known[row])
-    bound = by_hand(module, batch, state, scale_of(row, config))
-    moving = tree.num_bytes(state.trainable)
-    found = {
-      'moving': tree.size(state.trainable),
-      'flops': flops,
-      'flops ratio': flops / bound[0],
-      'temp bytes': held,
-      'temp ratio': held / bound[1],
-      'slots ratio': tree.num_bytes(state.opt_state) / moving,
-    }
+    found = measure(row, config, where)
     metrics |= {f'{row}/{name}': value for name, value in found.items()}
     print(
-      f'{row:<12} {found["moving"]:>10,} {flops / 1e9:>8.2f} '
-      f'{found["flops ratio"]:>6.3f} {held / 1e6:>7.1f} '
+      f'{row:<12} {found["moving"]:>10,} {found["flops"] / 1e9:>8.2f} '
+      f'{found["flops ratio"]:>6.3f} {found["temp bytes"] / 1e6:>7.1f} '
       f'{found["temp ratio"]:>6.3f} {found["slots ratio"]:>6.3f}',
       flush=True,
     )
