@@ -1,0 +1,126 @@
+"""A policy of layer-wise rates: learned over tasks, tested as a plain list.
+
+`Policy` holds the two programs of `learned_rates.py`. One trains: the outer
+loss is `episode_loss` around the very learner that is tested, and only the
+logarithms of its rates move. The other fine-tunes each held-out task with the
+rates it is given, as an ordinary `(pattern, rate)` list, and answers. All rows
+of the table are lists, so both are compiled once.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fmeta
+from experiments.common import placement
+from experiments.fewshot.names import LISTS, Bench
+from fmeta import episodes, optim, train, tree
+
+HEAD = 'head/.*'
+Rates = Sequence[float]  # one per pattern
+
+
+def patterns_of(params: Any, parts: Sequence[str]) -> tuple[str, ...]:
+  """Groups from input to output: the parts of each layer, then the head."""
+  found = (re.match(r'body/layer_(\d+)/', name) for name in tree.names(params))
+  layers = sorted({int(match[1]) for match in found if match})
+  body = [f'body/layer_{k}/{part}' for k in layers for part in parts]
+  patterns = (*body, HEAD)
+  tree.match(params, [(pattern, None) for pattern in patterns])
+  return patterns
+
+
+class Policy:
+  """The fine-tuner of every row, and what its rates are learned with."""
+
+  def __init__(self, bench: Bench):
+    self.bench = bench
+    self.patterns = patterns_of(bench.start, bench.config.parts)
+    config = bench.config
+    self._predict = jax.jit(
+      fmeta.predict_episodes(
+        lambda rates: self.learner(
+          list(zip(self.patterns, rates, strict=True))
+        ),
+        bench.classify,
+        config.inner_steps,
+        over=fmeta.in_chunks(1),  # A batched matmul of small ones is slower.
+      )
+    )
+    loss = fmeta.episode_loss(
+      lambda logs: self.learner(optim.learned_rates(self.patterns, logs)),
+      bench.loss,
+      config.inner_steps,
+      over=fmeta.in_chunks(1),
+    )
+    outer = optim.adam(optim.warmup_linear(config.outer_lr, config.iterations))
+    self.program = train.Program(
+      fmeta.finetune(loss, outer, tuning=fmeta.select('hyper'))
+    )
+
+  def learner(self, rates: tree.Patterns) -> fmeta.Learner:
+    """Plain fine-tuning with layer-wise rates: Adam, full batches.
+
+    With eps_root, for it is differentiated; a rate of 0 is a frozen leaf.
+    """
+    adam = optax.scale_by_adam(eps_root=1e-8)
+    return fmeta.finetune(
+      self.bench.loss, optim.with_rates(adam, 1.0, multipliers=rates)
+    )
+
+  def uniform(self, rate: float, head: float) -> np.ndarray:
+    """One rate for the body, one for the head: [patterns]."""
+    return np.array([rate] * (len(self.patterns) - 1) + [head], np.float32)
+
+  def decayed(self, rate: float, decay: float, head: float) -> np.ndarray:
+    """Rates that shrink per layer away from the head: [patterns]."""
+    parts = len(self.bench.config.parts)
+    layers = [f'{k}' for k in range(self.bench.config.blocks)]
+    factors = [m for _, m in optim.layerwise_decay(layers, decay)]
+    return np.array([*np.repeat(factors, parts) * rate, head], np.float32)
+
+  def learn(self, seed: int) -> train.Fitted:
+    """Meta-trains the rates of one seed on tasks of training names."""
+    config, learner = self.bench.config, self.program.learner
+    start = self.uniform(config.start_rate, config.start_head)
+    params = {'model': self.bench.start, 'hyper': jnp.log(start)}
+    return train.fit(
+      learner,
+      learner.init(params, jax.random.key(config.seed.init + seed)),
+      [
+        train.Stage(
+          'rates', self.bench.train_tasks(seed, whole=False), config.iterations
+        )
+      ],
+      jax.random.key(config.seed.train + seed),
+      program=self.program,
+      **placement(self.bench.context),
+    )
+
+  def tasks(self, split: str, seed: int) -> episodes.EpisodeList:
+    """A seed's own list of held-out tasks."""
+    bench, config = self.bench, self.bench.config
+    return episodes.evaluation_episodes(
+      bench.columns,
+      config.ways,
+      config.shots,
+      config.queries,
+      LISTS[split] + 100 * seed,
+      getattr(config, f'{split}_episodes'),
+      classes=bench.classes[split],
+      key='name',
+    )
+
+  def correct(self, rates: Rates, split: str, seed: int) -> np.ndarray:
+    """Which queries are right after fine-tuning, [episodes, queries]."""
+    params = {'model': self.bench.start, 'hyper': jnp.asarray(rates)}
+    rights = []
+    for batch in self.tasks(split, seed):
+      predicted = np.asarray(self._predict(params, batch, None)).argmax(-1)
+      rights.append(predicted == batch['query']['label'])
+    return np.concatenate(rights)
