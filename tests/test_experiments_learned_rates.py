@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from experiments import run as job
-from experiments.fewshot import names
-from experiments.finetune import learned_rates, rate_policy, rate_report
+from experiments.finetune import (
+  learned_rates,
+  rate_policy,
+  rate_report,
+  rate_tasks,
+)
 from experiments.finetune.rate_rows import FEW, LEARNED, PROBE, without_slow
 from fmeta.datasets import docparams
 from fmeta.errors import UsageError
@@ -20,15 +24,25 @@ ROWS = (PROBE, 'uniform', 'decay', LEARNED, FEW)
 
 @pytest.fixture(scope='module')
 def few_texts():
-  """Twelve texts each of as many names as the splits need."""
+  """Six texts of each type in each split, three to a file."""
   words = 'array axis value number index size shape order mode name'.split()
-  rows = [
-    (f'p{k}', f'{words[i % 10]} {i} p{k}') for k in range(60) for i in range(12)
-  ]
-  name, text = (np.array(column, object) for column in zip(*rows, strict=True))
+
+  def columns(split):
+    rows = [
+      (f'{word} {i} {split}', label, f'{split}/{label}_{i // 3}.py')
+      for label, word in enumerate(words)
+      for i in range(6)
+    ]
+    text, label, file = zip(*rows, strict=True)
+    return {
+      'text': np.array(text, object),
+      'label': np.array(label, np.int32),
+      'file': np.array(file, object),
+    }
+
+  splits = {split: columns(split) for split in rate_tasks.SPLITS}
   with pytest.MonkeyPatch.context() as patch:
-    columns = {'name': name, 'text': text}
-    patch.setattr(docparams, 'load', lambda subset: {'train': columns})
+    patch.setattr(docparams, 'load', lambda subset: splits)
     yield
 
 
@@ -43,7 +57,7 @@ def flags(settings):
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory, tiny_bert, few_texts):
   folder = tmp_path_factory.mktemp('learned') / 'run'
-  settings = {**learned_rates.SMALL, 'model': tiny_bert, 'min_examples': 12}
+  settings = {**learned_rates.SMALL, 'model': tiny_bert}
   argv = ['run', f'--config={learned_rates.__file__}', f'--workdir={folder}']
   assert job.main([*argv, *flags(settings)]) == 0
   return folder
@@ -92,15 +106,13 @@ def test_resuming_repeats_no_trial(finished, monkeypatch):
 
 @pytest.fixture(scope='module')
 def policy(tmp_path_factory, tiny_bert, few_texts):
-  config = learned_rates.Config(
-    **learned_rates.SMALL, model=str(tiny_bert), min_examples=12
-  )
+  config = learned_rates.Config(**learned_rates.SMALL, model=str(tiny_bert))
   context = Context(tmp_path_factory.mktemp('policy'))
-  return rate_policy.Policy(names.Bench(config, context))
+  return rate_policy.Policy(rate_tasks.Tasks(config, context))
 
 
 def test_rates_go_from_input_to_output(policy):
-  start = dict(policy.bench.start)
+  start = dict(policy.tasks.start)
   layers = {f'layer_{k}': start['body']['layer_1'] for k in (9, 10)}
   params = {'body': layers, 'head': start['head']}
   assert rate_policy.patterns_of(params, ('mlp/.*', '.*')) == (
@@ -118,9 +130,9 @@ def test_rates_go_from_input_to_output(policy):
 
 def test_decayed_rates_shrink_by_layer_and_not_by_part(policy, monkeypatch):
   config = dataclasses.replace(
-    policy.bench.config, blocks=3, parts=('mlp/.*', '.*')
+    policy.tasks.config, blocks=3, parts=('mlp/.*', '.*')
   )
-  monkeypatch.setattr(policy.bench, 'config', config)
+  monkeypatch.setattr(policy.tasks, 'config', config)
   np.testing.assert_allclose(
     policy.decayed(0.4, 0.5, 3.0), [0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 3.0]
   )
@@ -131,13 +143,26 @@ def test_slow_parts_are_frozen_and_the_head_never(policy):
   assert without_slow(rates, 0.5) == [('a', 1.0), ('b', 0.0), ('head/.*', 0.01)]
 
 
-def test_seeds_have_tasks_of_their_own(policy):
-  first, again, second = (policy.tasks('test', k)[0] for k in (0, 0, 1))
-  same = np.array_equal(first['support']['hidden'], again['support']['hidden'])
-  other = np.array_equal(
-    first['support']['hidden'], second['support']['hidden']
-  )
-  assert same and not other
+def test_seeds_and_splits_have_tasks_of_their_own(policy):
+  def support(split, seed):
+    return policy.tasks.held_out(split, seed)[0]['support']['hidden']
+
+  first = support('test', 0)
+  assert np.array_equal(first, support('test', 0))
+  assert not np.array_equal(first, support('test', 1))
+  assert not np.array_equal(first, support('validation', 0))
+
+
+def test_files_are_those_of_the_queries(policy):
+  tasks, files = policy.tasks, policy.tasks.files(1)
+  config = tasks.config
+  shape = (config.test_episodes, config.ways * config.queries)
+  assert files.shape == shape
+  query = tasks.held_out('test', 1)[1]['query']['hidden'][0]
+  held = tasks.columns['test']['hidden']
+  for row, file in zip(query, files[1], strict=True):
+    at = np.flatnonzero((held == row).all((1, 2)))
+    assert file in tasks.texts['test']['file'][at]
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ experiments/README.md.
 import dataclasses
 
 from experiments.common import Seeds, trial
-from experiments.fewshot.names import Bench
 from experiments.finetune import rate_report, rate_rows
 from experiments.finetune.rate_policy import Policy
-from fmeta import data, optim, tree
+from experiments.finetune.rate_tasks import Tasks
+from fmeta import optim, tree
 from fmeta.errors import UsageError
 from fmeta.pretrained import MINILM
 from fmeta.report import terminal_table
@@ -48,7 +48,6 @@ class Config:
   ways: int = 5
   shots: int = 5
   queries: int = 10
-  min_examples: int = 20
   max_length: int = 16
   blocks: int = 3
   inner_steps: int = 5
@@ -133,14 +132,14 @@ def learn(policy: Policy, seed: int) -> dict:
       'peak_bytes': fitted.peak_bytes,
     }
 
-  return trial(policy.bench.context, f'policy/seed_{seed}', run)
+  return trial(policy.tasks.context, f'policy/seed_{seed}', run)
 
 
 def run(config: Config, context: Context) -> dict:
   """Learns the rates of every seed, compares all rows, prints the table."""
   check(config)
-  bench = Bench(config, context)
-  policy = Policy(bench)
+  tasks = Tasks(config, context)
+  policy = Policy(tasks)
   made = [learn(policy, seed) for seed in range(config.seeds)]
   lists = [one['rates'] for one in made]
   found = dict(rate_rows.given(policy))
@@ -154,7 +153,7 @@ def run(config: Config, context: Context) -> dict:
     'metrics': outcome['metrics'] | rates,
     'ci95': outcome['ci95'],
     **{key: made[0][key] for key in cost},
-    'trainable_parameters': tree.size(bench.start),
-    'total_parameters': bench.total,
-    'data_sha256': data.fingerprint(bench.texts),
+    'trainable_parameters': tree.size(tasks.start),
+    'total_parameters': tasks.total,
+    'data_sha256': tasks.fingerprint(),
   }

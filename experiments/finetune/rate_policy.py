@@ -18,8 +18,8 @@ import optax
 
 import fmeta
 from experiments.common import placement
-from experiments.fewshot.names import LISTS, Bench
-from fmeta import episodes, optim, train, tree
+from experiments.finetune.rate_tasks import Tasks
+from fmeta import optim, train, tree
 
 HEAD = 'head/.*'
 Rates = Sequence[float]  # one per pattern
@@ -38,23 +38,22 @@ def patterns_of(params: Any, parts: Sequence[str]) -> tuple[str, ...]:
 class Policy:
   """The fine-tuner of every row, and what its rates are learned with."""
 
-  def __init__(self, bench: Bench):
-    self.bench = bench
-    self.patterns = patterns_of(bench.start, bench.config.parts)
-    config = bench.config
+  def __init__(self, tasks: Tasks):
+    self.tasks, config = tasks, tasks.config
+    self.patterns = patterns_of(tasks.start, config.parts)
     self._predict = jax.jit(
       fmeta.predict_episodes(
         lambda rates: self.learner(
           list(zip(self.patterns, rates, strict=True))
         ),
-        bench.classify,
+        tasks.classify,
         config.inner_steps,
         over=fmeta.in_chunks(1),  # A batched matmul of small ones is slower.
       )
     )
     loss = fmeta.episode_loss(
       lambda logs: self.learner(optim.learned_rates(self.patterns, logs)),
-      bench.loss,
+      tasks.loss,
       config.inner_steps,
       over=fmeta.in_chunks(1),
     )
@@ -70,7 +69,7 @@ class Policy:
     """
     adam = optax.scale_by_adam(eps_root=1e-8)
     return fmeta.finetune(
-      self.bench.loss, optim.with_rates(adam, 1.0, multipliers=rates)
+      self.tasks.loss, optim.with_rates(adam, 1.0, multipliers=rates)
     )
 
   def uniform(self, rate: float, head: float) -> np.ndarray:
@@ -79,48 +78,30 @@ class Policy:
 
   def decayed(self, rate: float, decay: float, head: float) -> np.ndarray:
     """Rates that shrink per layer away from the head: [patterns]."""
-    parts = len(self.bench.config.parts)
-    layers = [f'{k}' for k in range(self.bench.config.blocks)]
+    parts = len(self.tasks.config.parts)
+    layers = [f'{k}' for k in range(self.tasks.config.blocks)]
     factors = [m for _, m in optim.layerwise_decay(layers, decay)]
     return np.array([*np.repeat(factors, parts) * rate, head], np.float32)
 
   def learn(self, seed: int) -> train.Fitted:
     """Meta-trains the rates of one seed on tasks of training names."""
-    config, learner = self.bench.config, self.program.learner
+    config, learner = self.tasks.config, self.program.learner
     start = self.uniform(config.start_rate, config.start_head)
-    params = {'model': self.bench.start, 'hyper': jnp.log(start)}
+    params = {'model': self.tasks.start, 'hyper': jnp.log(start)}
     return train.fit(
       learner,
       learner.init(params, jax.random.key(config.seed.init + seed)),
-      [
-        train.Stage(
-          'rates', self.bench.train_tasks(seed, whole=False), config.iterations
-        )
-      ],
+      [train.Stage('rates', self.tasks.training(seed), config.iterations)],
       jax.random.key(config.seed.train + seed),
       program=self.program,
-      **placement(self.bench.context),
-    )
-
-  def tasks(self, split: str, seed: int) -> episodes.EpisodeList:
-    """A seed's own list of held-out tasks."""
-    bench, config = self.bench, self.bench.config
-    return episodes.evaluation_episodes(
-      bench.columns,
-      config.ways,
-      config.shots,
-      config.queries,
-      LISTS[split] + 100 * seed,
-      getattr(config, f'{split}_episodes'),
-      classes=bench.classes[split],
-      key='name',
+      **placement(self.tasks.context),
     )
 
   def correct(self, rates: Rates, split: str, seed: int) -> np.ndarray:
     """Which queries are right after fine-tuning, [episodes, queries]."""
-    params = {'model': self.bench.start, 'hyper': jnp.asarray(rates)}
+    params = {'model': self.tasks.start, 'hyper': jnp.asarray(rates)}
     rights = []
-    for batch in self.tasks(split, seed):
+    for batch in self.tasks.held_out(split, seed):
       predicted = np.asarray(self._predict(params, batch, None)).argmax(-1)
       rights.append(predicted == batch['query']['label'])
     return np.concatenate(rights)

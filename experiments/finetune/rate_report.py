@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 
-from experiments.fewshot.names import SPLITS, Bench
 from experiments.finetune.rate_policy import HEAD, Policy
 from experiments.finetune.rate_rows import (
   DECAY,
@@ -14,6 +13,7 @@ from experiments.finetune.rate_rows import (
   UNIFORM,
   Outcome,
 )
+from experiments.finetune.rate_tasks import Tasks
 from fmeta import baselines, metrics, tree
 from fmeta.report import Panel, Row
 
@@ -22,48 +22,38 @@ MEAN = 'nearest class mean'
 
 def nearest_mean(policy: Policy) -> np.ndarray:
   """The frozen model's answers to the test tasks, by cosine."""
-  bench = policy.bench
+  tasks = policy.tasks
   predict = jax.jit(
     baselines.nearest_mean_episodes(
-      bench.embed, baselines.nearest_mean_cosine, bench.config.ways
+      tasks.embed, baselines.nearest_mean_cosine, tasks.config.ways
     )
   )
 
   def right(seed):
     return [
-      predict(bench.start, batch, None).argmax(-1) == batch['query']['label']
-      for batch in policy.tasks('test', seed)
+      predict(tasks.start, batch, None).argmax(-1) == batch['query']['label']
+      for batch in tasks.held_out('test', seed)
     ]
 
-  seeds = range(bench.config.seeds)
+  seeds = range(tasks.config.seeds)
   return np.array([np.concatenate(right(seed)) for seed in seeds])
 
 
-def asked(policy: Policy) -> np.ndarray:
-  """The parameter names of all test queries [seeds, episodes, queries]."""
-  names, found = policy.bench.columns['name'], []
-  for seed in range(policy.bench.config.seeds):
-    tasks = policy.tasks('test', seed)
-    rows = [tasks.source.rows(i)[1] for i in range(len(tasks))]
-    found.append(names[np.concatenate(rows)])
-  return np.array(found)
-
-
 def compare(
-  answers: dict[str, np.ndarray], names: np.ndarray
+  answers: dict[str, np.ndarray], files: np.ndarray
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
   """Accuracies and intervals of all rows and of their paired differences.
 
-  Intervals resample names; those of keys that end in `by seed` whole seeds,
+  Intervals resample files; those of keys that end in `by seed` whole seeds,
   each with its own training and test tasks.
 
   Args:
     answers: row -> right or not, [seeds, episodes, queries].
-    names: what each query asks for, likewise.
+    files: where each query is from, likewise.
   """
   numbers, ci95 = {}, {}
-  seeds = np.broadcast_to(np.arange(len(names))[:, None, None], names.shape)
-  units = {'': names.ravel(), ', by seed': seeds.ravel()}
+  seeds = np.broadcast_to(np.arange(len(files))[:, None, None], files.shape)
+  units = {'': files.ravel(), ', by seed': seeds.ravel()}
   for row, right in answers.items():
     whole = metrics.bootstrap_ci(right.ravel(), units[''])
     numbers[row], ci95[row] = whole.mean, whole.ci95
@@ -82,7 +72,9 @@ def table(policy: Policy, found: dict[str, Outcome]) -> tuple[Panel, dict]:
   """The rows and, for `result.json`, metrics and intervals."""
   answers = {MEAN: nearest_mean(policy)}
   answers |= {row: one.correct for row, one in found.items()}
-  numbers, ci95 = compare(answers, asked(policy))
+  seeds = range(policy.tasks.config.seeds)
+  files = np.array([policy.tasks.files(seed) for seed in seeds])
+  numbers, ci95 = compare(answers, files)
 
   def shown(row, setting, seconds=None):
     key = f'{row} minus {UNIFORM}'
@@ -101,24 +93,22 @@ def table(policy: Policy, found: dict[str, Outcome]) -> tuple[Panel, dict]:
     'Learned rates',
     'Do learned layer-wise rates beat one rate and a tuned decay on new tasks?',
     [shown(MEAN, 'cosine'), *rows],
-    note_of(policy.bench),
+    note_of(policy.tasks),
     reference=UNIFORM,
   )
   return panel, {'metrics': numbers, 'ci95': ci95}
 
 
-def note_of(bench: Bench) -> str:
+def note_of(tasks: Tasks) -> str:
   """The protocol in words."""
-  config = bench.config
-  train_names, validation, test = (len(bench.classes[s]) for s in SPLITS)
+  config = tasks.config
   return (
     f'{config.seeds} seeds, each with {config.iterations * config.meta_batch} '
-    f'tasks of {train_names} training names to learn rates from and '
-    f'{config.test_episodes} test tasks of {test} other names. Every row chose '
-    f'among {len(config.heads)} settings on '
-    f'{config.seeds * config.validation_episodes} validation tasks of '
-    f'{validation} names. Intervals resample the test names; differences are '
-    'paired by query.'
+    f'training tasks to learn rates from and {config.test_episodes} test tasks '
+    f'of {config.ways} of {len(tasks.classes["test"])} types, texts of other '
+    f'files. Every row chose among {len(config.heads)} settings on '
+    f'{config.seeds * config.validation_episodes} validation tasks. Intervals '
+    'resample the test files; differences are paired by query.'
   )
 
 
@@ -151,7 +141,7 @@ def hand_over(
     LEARNED: found[LEARNED].setting,
     FEW: found[FEW].setting,
   }
-  path = policy.bench.context.workdir / 'rates.json'
+  path = policy.tasks.context.workdir / 'rates.json'
   path.write_text(json.dumps(written, indent=1))
   return {
     f'rate of {name}': float(mean)

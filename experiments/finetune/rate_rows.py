@@ -65,8 +65,8 @@ def compete(
   policy: Policy, row: str, grid_of: Callable[[int], Grid]
 ) -> Outcome:
   """Chooses one setting on all seeds' validation tasks and tests it."""
-  bench, folder = policy.bench, f'rows/{row.replace(" ", "_")}'
-  seeds = range(bench.config.seeds)
+  context, folder = policy.tasks.context, f'rows/{row.replace(" ", "_")}'
+  seeds = range(policy.tasks.config.seeds)
 
   def validate(seed):
     return {
@@ -79,7 +79,7 @@ def compete(
     return {'correct': right.astype(int).tolist()}
 
   grids = [
-    trial(bench.context, f'{folder}/grid_{seed}', lambda s=seed: validate(s))
+    trial(context, f'{folder}/grid_{seed}', lambda s=seed: validate(s))
     for seed in seeds
   ]
   tried = {
@@ -90,7 +90,7 @@ def compete(
   shown = {setting: round(value, 4) for setting, value in tried.items()}
   print(f'{row}: validation accuracy by setting {shown}', flush=True)
   made = [
-    trial(bench.context, f'{folder}/test_{seed}', lambda s=seed: test(s))
+    trial(context, f'{folder}/test_{seed}', lambda s=seed: test(s))
     for seed in seeds
   ]
   return Outcome(
@@ -103,7 +103,7 @@ def compete(
 
 def given(policy: Policy) -> Iterator[tuple[str, Outcome]]:
   """The rows that know nothing of other tasks."""
-  config = policy.bench.config
+  config = policy.tasks.config
   heads = {f'head {h:g}': policy.uniform(0.0, h) for h in config.heads}
   yield PROBE, compete(policy, PROBE, lambda seed: heads)
   both = {
@@ -127,7 +127,7 @@ def learned(
   policy: Policy, lists: list[tree.Patterns]
 ) -> Iterator[tuple[str, Outcome]]:
   """The rows of learned rates; `lists` has those of each seed."""
-  config = policy.bench.config
+  config = policy.tasks.config
   both = {
     f'body x {f:g}, head x {h:g}': (f, h)
     for f in config.factors
