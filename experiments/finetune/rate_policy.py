@@ -4,7 +4,7 @@
 loss is `episode_loss` around the very learner that is tested, and only the
 logarithms of its rates move. The other fine-tunes each held-out task with the
 rates it is given, as an ordinary `(pattern, rate)` list, and answers. All rows
-of the table are lists, so both are compiled once.
+of the table are lists, so each is compiled once.
 """
 
 import re
@@ -22,7 +22,7 @@ from experiments.finetune.rate_tasks import Tasks
 from fmeta import optim, train, tree
 
 HEAD = 'head/.*'
-Rates = Sequence[float]  # one per pattern
+Rates = np.ndarray  # [patterns]
 
 
 def patterns_of(params: Any, parts: Sequence[str]) -> tuple[str, ...]:
@@ -41,35 +41,42 @@ class Policy:
   def __init__(self, tasks: Tasks):
     self.tasks, config = tasks, tasks.config
     self.patterns = patterns_of(tasks.start, config.parts)
-    self._predict = jax.jit(
-      fmeta.predict_episodes(
-        lambda rates: self.learner(
-          list(zip(self.patterns, rates, strict=True))
-        ),
-        tasks.classify,
-        config.inner_steps,
-        over=fmeta.in_chunks(1),  # A batched matmul of small ones is slower.
-      )
-    )
+    # A batched matmul of small ones is slower than one task after the other.
+    self._over = fmeta.in_chunks(1)
+    self._whole = self._program(fmeta.full())
+    # A body that stays costs no gradient.
+    self._probe = self._program(fmeta.select(HEAD))
     loss = fmeta.episode_loss(
       lambda logs: self.learner(optim.learned_rates(self.patterns, logs)),
       tasks.loss,
       config.inner_steps,
-      over=fmeta.in_chunks(1),
+      over=self._over,
     )
     outer = optim.adam(optim.warmup_linear(config.outer_lr, config.iterations))
     self.program = train.Program(
       fmeta.finetune(loss, outer, tuning=fmeta.select('hyper'))
     )
 
-  def learner(self, rates: tree.Patterns) -> fmeta.Learner:
+  def learner(
+    self, rates: tree.Patterns, tuning: fmeta.Tuning | None = None
+  ) -> fmeta.Learner:
     """Plain fine-tuning with layer-wise rates: Adam, full batches.
 
     With eps_root, for it is differentiated; a rate of 0 is a frozen leaf.
     """
     adam = optax.scale_by_adam(eps_root=1e-8)
-    return fmeta.finetune(
-      self.tasks.loss, optim.with_rates(adam, 1.0, multipliers=rates)
+    optimizer = optim.with_rates(adam, 1.0, multipliers=rates)
+    return fmeta.finetune(self.tasks.loss, optimizer, tuning=tuning)
+
+  def _program(self, tuning: fmeta.Tuning):
+    """Fine-tunes tasks with the rates in `hyper` and answers: compiled."""
+
+    def inner(rates):
+      return self.learner(list(zip(self.patterns, rates, strict=True)), tuning)
+
+    steps = self.tasks.config.inner_steps
+    return jax.jit(
+      fmeta.predict_episodes(inner, self.tasks.classify, steps, over=self._over)
     )
 
   def uniform(self, rate: float, head: float) -> np.ndarray:
@@ -84,7 +91,7 @@ class Policy:
     return np.array([*np.repeat(factors, parts) * rate, head], np.float32)
 
   def learn(self, seed: int) -> train.Fitted:
-    """Meta-trains the rates of one seed on tasks of training names."""
+    """Meta-trains the rates of one seed."""
     config, learner = self.tasks.config, self.program.learner
     start = self.uniform(config.start_rate, config.start_head)
     params = {'model': self.tasks.start, 'hyper': jnp.log(start)}
@@ -100,8 +107,8 @@ class Policy:
   def correct(self, rates: Rates, split: str, seed: int) -> np.ndarray:
     """Which queries are right after fine-tuning, [episodes, queries]."""
     params = {'model': self.tasks.start, 'hyper': jnp.asarray(rates)}
-    rights = []
+    predict, rights = self._whole if np.any(rates[:-1]) else self._probe, []
     for batch in self.tasks.held_out(split, seed):
-      predicted = np.asarray(self._predict(params, batch, None)).argmax(-1)
+      predicted = np.asarray(predict(params, batch, None)).argmax(-1)
       rights.append(predicted == batch['query']['label'])
     return np.concatenate(rights)
