@@ -171,6 +171,8 @@ def test_files_are_those_of_the_queries(policy):
     ({'decays': (0.5, 0.7)}, 'grids of unequal size'),
     ({'seeds': 0}, 'seeds=0; give at least 1'),
     ({'blocks': 0}, 'blocks=0; give at least 1'),
+    ({'test_episodes': 0}, 'test_episodes=0; give at least 1'),
+    ({'model': 'nowhere'}, "no model at 'nowhere'"),
     ({'start_rate': 0.0}, 'start_rate=0.0; give a positive'),
   ],
 )

@@ -104,7 +104,8 @@ SMALL = {
 
 def check(config: Config) -> None:
   """Refuses what cannot be run or compared, before anything is loaded."""
-  for name in ('seeds', 'blocks', 'inner_steps', 'iterations'):
+  counts = ('seeds', 'blocks', 'inner_steps', 'iterations')
+  for name in (*counts, 'validation_episodes', 'test_episodes'):
     if getattr(config, name) < 1:
       raise UsageError(f'{name}={getattr(config, name)}; give at least 1')
   for name in ('start_rate', 'start_head', 'outer_lr'):
