@@ -99,3 +99,19 @@ def test_all_ways_to_make_batches_hold_the_same_texts():
   assert widths['fixed'] == 3 * 40
   assert widths['grouped'] <= widths['longest'] <= widths['fixed']
   assert all(rows == seen['fixed'] for rows in seen.values())
+
+
+def test_packed_steps_see_the_texts_of_the_padded_ones():
+  config = finetune.Config(batch_size=4, max_length=40, batches=3)
+  columns = finetune.texts(config)
+  padded = finetune.batches_of(columns, config, 'longest')
+  packed = finetune.batches_of(columns, config, 'packed')
+  for ours, theirs in zip(packed, padded, strict=True):
+    lengths = theirs['attention_mask'].sum(1)
+    np.testing.assert_array_equal(ours['length'], lengths)
+    np.testing.assert_array_equal(ours['label'], theirs['label'])
+    for index, length in enumerate(lengths):
+      own = ours['input_ids'][ours['text_ids'] == index]
+      np.testing.assert_array_equal(own, theirs['input_ids'][index, :length])
+  share = finetune.filled(packed)
+  assert share > finetune.filled(padded)

@@ -8,11 +8,13 @@ blocks, LoRA, full. A step is forward, loss, gradient, clipping at norm 1 and
 AdamW on what moves; the peer is a plain torch loop over `BertModel` (sdpa
 attention, fused AdamW, `peft` for LoRA), which is what `Trainer` runs. Both
 sides see the same texts and start with the allocator settings of
-`launch/local.sh` and all cores; no dropout. Three ways to make batches:
+`launch/local.sh` and all cores; no dropout. Four ways to make batches:
 
-- same: both pad every text to `max_length`, so both compute the same;
-- default: fmeta's batches of similar lengths, cut to its buckets, beside
-  batches in random order, padded to their longest text, as `Trainer` does;
+- same: both pad every text to `max_length`, so both multiply the same arrays;
+- packed: the same texts in every step, in random order: several in a row
+  (`fmeta.packing`) beside rows padded to the longest, as `Trainer` does;
+- bucketed: fmeta's batches of similar lengths, cut to its buckets, beside
+  those of `Trainer` as above;
 - grouped: the same beside `Trainer(train_sampling_strategy='group_by_length')`.
 
 One JSON line per row: ratio > 1 means that fmeta is faster. Expected and
@@ -29,15 +31,17 @@ import numpy as np
 import fmeta
 from experiments import minilm
 from experiments.benchmarks.paired import Contender, compare
-from fmeta import models, optim, pretrained, text, train
+from fmeta import data, models, optim, pretrained, text, train
 from fmeta.datasets import docparams
+from fmeta.packing import pack_collate
 from fmeta.workdir import Context
 
 ROWS = ('probe', 'last_two', 'lora', 'full')
 # Ours and theirs, see `batches_of`.
 BATCHINGS = {
   'same': ('fixed', 'fixed'),
-  'default': ('bucketed', 'longest'),
+  'packed': ('packed', 'longest'),
+  'bucketed': ('bucketed', 'longest'),
   'grouped': ('bucketed', 'grouped'),
 }
 CLASSES = len(docparams.LABELS)
@@ -54,6 +58,7 @@ class Config:
   batches: int = 8  # a timing has one step on each
   batch_size: int = 32
   max_length: int = 64
+  row_multiple: int = 2  # of packed rows
   lora_rank: int = 8
   rate: float = 1e-4
 
@@ -77,7 +82,7 @@ def batches_of(columns: dict, config: Config, how: str) -> list[dict]:
     config: the sizes.
     how: 'fixed': L is `max_length`; 'longest': L is the batch's longest text;
       'grouped': that of batches of similar lengths; 'bucketed': such batches
-      as `fit` gets them.
+      as `fit` gets them; 'packed': L is `max_length`, several texts in a row.
   """
   size, length = config.batch_size, columns['length']
   if how == 'bucketed':
@@ -89,6 +94,10 @@ def batches_of(columns: dict, config: Config, how: str) -> list[dict]:
   order = np.arange(len(length))
   if how == 'grouped':
     order = np.argsort(length, kind='stable')
+  if how == 'packed':
+    collate = pack_collate(config.max_length, config.row_multiple)
+    columns = data.numeric(columns)
+    return [collate(data.take(columns, ids)) for ids in order.reshape(-1, size)]
   out = []
   for ids in order.reshape(config.batches, size):
     width = config.max_length if how == 'fixed' else int(length[ids].max())
@@ -121,8 +130,11 @@ def tuning_of(row: str, config: Config) -> fmeta.Tuning:
 def make_fmeta(row: str, config: Config, batches: list) -> Any:
   """The compiled step that `fit` dispatches."""
   module, params, _ = minilm.load_model(config.model, CLASSES, 0)
+  forward = models.forward(module)
+  if 'text_ids' in batches[0]:
+    forward = models.forward(module, models.PACKED_TEXT, method='packed')
   learner = fmeta.finetune(
-    fmeta.supervised(models.forward(module), fmeta.softmax_cross_entropy),
+    fmeta.supervised(forward, fmeta.softmax_cross_entropy),
     optim.adamw(config.rate),
     tuning=tuning_of(row, config),
   )
@@ -230,7 +242,10 @@ def measure(row: str, config: Config, columns: dict, batching: str) -> dict:
 
 def filled(batches: list[dict]) -> float:
   """The share of tokens that are no padding."""
-  masks = [batch['attention_mask'] for batch in batches]
+  masks = [
+    batch['text_ids'] >= 0 if 'text_ids' in batch else batch['attention_mask']
+    for batch in batches
+  ]
   return float(sum(m.sum() for m in masks) / sum(m.size for m in masks))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fmeta.errors import UsageError
+from fmeta.models.attention import attend
 from fmeta.models.dropout import drop, keep
 from fmeta.types import Array
 
@@ -148,26 +149,6 @@ def gelu(x: Array) -> Array:
   return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-def additive_mask(attention_mask: Array) -> Array:
-  """[B, L] of 0 and 1 -> [B, 1, 1, L] of 0 where seen and -1e9 where not."""
-  hidden = attention_mask[:, None, None, :] == 0
-  return jnp.where(hidden, -1e9, 0.0).astype(jnp.float32)
-
-
-def attend(query: Array, key: Array, bias: Array) -> Array:
-  """Probabilities softmax(q k' / sqrt(d) + bias), in float32 or wider.
-
-  Args:
-    query: [B, L, heads, d].
-    key: [B, M, heads, d].
-    bias: additive, broadcastable to [B, heads, L, M].
-  """
-  scores = jnp.einsum('blhd,bmhd->bhlm', query, key)
-  dtype = jnp.promote_types(scores.dtype, jnp.float32)
-  scores = scores.astype(dtype) * query.shape[-1] ** -0.5
-  return jax.nn.softmax(scores + bias.astype(dtype)).astype(query.dtype)
-
-
 class Masks(NamedTuple):
   """What dropout keeps in one layer; None keeps all.
 
@@ -213,8 +194,12 @@ class Embeddings(nn.Module):
     token_type_ids: Array | None,
     prompt: Array | None,
     mask: Array | None,
+    position_ids: Array | None = None,
   ) -> Array:
-    """[B, L] -> [B, P + L, H]; `mask` is dropout's, of that shape."""
+    """[B, L] -> [B, P + L, H]; `mask` is dropout's, of that shape.
+
+    Positions count from `first_position`, or are it plus `position_ids`.
+    """
     config = self.config
     word = embed(config, config.vocab_size, 'word')(input_ids)
     if prompt is not None:
@@ -228,13 +213,17 @@ class Embeddings(nn.Module):
         + f', but the model has positions for {config.max_positions}; cut the '
         'texts when encoding them'
       )
-    position = embed(config, config.max_positions, 'position').embedding
+    position = embed(config, config.max_positions, 'position')
+    if position_ids is None:
+      positions = position.embedding[None, first : first + length]
+    else:
+      positions = position(first + position_ids)
     segment = embed(config, config.type_vocab_size, 'type')
     if token_type_ids is None:
       segments = segment.embedding[None, :1]
     else:
       segments = segment(token_type_ids)
-    hidden = word + position[None, first : first + length] + segments
+    hidden = word + positions + segments
     hidden = norm(config, 'norm')(hidden)
     return drop(hidden, mask, config.dropout)
 
