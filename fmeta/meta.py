@@ -62,7 +62,7 @@ def _adapted(inner, num_steps, params, model_state, support, rng):
   return learner, state
 
 
-def _per_task(fun: Callable, over: Over, episodes: Mapping, rng: Array | None):
+def per_task(fun: Callable, over: Over, episodes: Mapping, rng: Array | None):
   """Runs `fun(episode, key)` over the leading task axis of `episodes`.
 
   Without a key (evaluation) every task adapts with one fixed key.
@@ -114,7 +114,7 @@ def episode_loss(
         )
       return value, dict(aux.metrics), aux.outputs
 
-    values, metrics, outputs = _per_task(one, over, batch, rng)
+    values, metrics, outputs = per_task(one, over, batch, rng)
     weight = jnp.asarray(values.shape[0], values.dtype)
     metrics = jax.tree.map(jnp.mean, metrics)
     return values.mean(), Aux(model_state, metrics, weight, outputs)
@@ -143,7 +143,7 @@ def reptile_loss(
       _, state = _adapted(inner, num_steps, start, model_state, support, key)
       return tree.combine(state.frozen, state.trainable)
 
-    adapted = _per_task(one, over, batch['support'], rng)
+    adapted = per_task(one, over, batch['support'], rng)
     model = params if isinstance(inner, Learner) else params['model']
     extra = sorted(set(tree.names(adapted)) - set(tree.names(model)))
     if extra:
@@ -195,6 +195,6 @@ def predict_episodes(
       with learner.using(state) as adapted:
         return forward(adapted, state.model_state, episode['query'], None)[0]
 
-    return _per_task(one, over, episodes, rng)
+    return per_task(one, over, episodes, rng)
 
   return predict
