@@ -19,8 +19,9 @@ from fmeta import metrics
 from fmeta.errors import UsageError
 from fmeta.types import Array, Batch, Params
 
-# (support [S, D], labels [S], queries [Q, D], num_classes) -> scores [Q, C]
-NearestMean = Callable[[Array, Array, Array, int], Array]
+# (support [S, D], labels [S], queries [Q, D], num_classes, weight [S] or None)
+#   -> scores [Q, C]
+NearestMean = Callable[..., Array]
 
 
 class Baseline(NamedTuple):
@@ -81,7 +82,11 @@ def unit_length(vectors: Array) -> Array:
 
 
 def nearest_mean_cosine(
-  support: Array, labels: Array, queries: Array, num_classes: int
+  support: Array,
+  labels: Array,
+  queries: Array,
+  num_classes: int,
+  weight: Array | None = None,
 ) -> Array:
   """Cosine of a query with each class mean of unit-length rows, [Q, C].
 
@@ -92,8 +97,10 @@ def nearest_mean_cosine(
     labels: [S] in [0, num_classes).
     queries: [Q, D].
     num_classes: C, static under jit.
+    weight: [S], 0 for padding; all ones by default.
   """
-  means, counts = class_means(unit_length(support), labels, num_classes)
+  rows = unit_length(support)
+  means, counts = class_means(rows, labels, num_classes, weight)
   scores = jnp.matmul(
     unit_length(queries), unit_length(means).T, precision='highest'
   )
@@ -101,7 +108,11 @@ def nearest_mean_cosine(
 
 
 def nearest_mean_euclid(
-  support: Array, labels: Array, queries: Array, num_classes: int
+  support: Array,
+  labels: Array,
+  queries: Array,
+  num_classes: int,
+  weight: Array | None = None,
 ) -> Array:
   """Minus the squared distance to each class mean of RAW rows, [Q, C].
 
@@ -110,7 +121,7 @@ def nearest_mean_euclid(
   `nearest_mean_cosine`, of which it is not a rescaling: vectors keep their
   lengths.
   """
-  means, counts = class_means(support, labels, num_classes)
+  means, counts = class_means(support, labels, num_classes, weight)
   # |q - m|^2 as one product; differences [Q, C, D] would not fit for a
   # data set.
   cross = jnp.matmul(queries, means.T, precision='highest')
@@ -159,6 +170,7 @@ def nearest_mean_episodes(
   def predict(params: Params, episode: Batch, rng: Array | None) -> Array:
     del rng
     labels = jnp.asarray(episode['support']['label'])
+    weight = episode['support'].get('weight', np.ones(labels.shape, np.float32))
     tasks = labels.shape[0]
     # One forward over all tasks: an encoder wants one large batch.
     flat = [
@@ -166,8 +178,8 @@ def nearest_mean_episodes(
       for part in (episode['support'], episode['query'])
     ]
     support, queries = (x.reshape(tasks, -1, x.shape[-1]) for x in flat)
-    return jax.vmap(rule, in_axes=(0, 0, 0, None))(
-      support, labels, queries, ways
+    return jax.vmap(rule, in_axes=(0, 0, 0, None, 0))(
+      support, labels, queries, ways, weight
     )
 
   return predict

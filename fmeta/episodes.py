@@ -213,7 +213,7 @@ class EpisodeList(Sequence):
   Made when read, for 600 episodes of images would fill the memory.
   """
 
-  def __init__(self, source: Any, num: int):
+  def __init__(self, source: Episodes, num: int):
     self.source, self.num = source, num
 
   def __len__(self) -> int:
@@ -257,6 +257,15 @@ def evaluation_episodes(
   return EpisodeList(source, num)
 
 
+def fingerprint(support: Mapping[str, np.ndarray], task: int) -> int:
+  """A number that depends on all that a task's support holds."""
+  return functools.reduce(
+    lambda crc, name: zlib.crc32(support[name][task].tobytes(), crc),
+    sorted(support),
+    0,
+  )
+
+
 def shuffle_support_labels(episode: Episode, seed: int) -> Episode:
   """A control: each task's support labels are shuffled, queries stay true.
 
@@ -267,11 +276,7 @@ def shuffle_support_labels(episode: Episode, seed: int) -> Episode:
   support = episode['support']
   labels = support['label'].copy()
   for task in range(len(labels)):
-    check = functools.reduce(
-      lambda crc, name: zlib.crc32(support[name][task].tobytes(), crc),
-      sorted(support),
-      0,
-    )
+    check = fingerprint(support, task)
     order = permutation(seed, LABEL_SHUFFLE, check, labels.shape[1])
     labels[task] = labels[task][order]
   return {**episode, 'support': {**support, 'label': labels}}

@@ -175,14 +175,15 @@ def evaluate_episodes(
         f'predict_fn gave {logits.shape} for query labels {labels.shape}; '
         'it gives logits [tasks, queries, ways]'
       )
-    weight = np.asarray(episode['query'].get('weight', np.ones(labels.shape)))
+    weight = episode['query'].get('weight', np.ones(labels.shape))
+    weight = np.asarray(weight, np.float64)
     rights.append((logits, labels, weight))
     done, index = done + len(labels), index + 1
   per_batch = [
     np.average(_to_host(logits).argmax(-1) == labels, -1, weight)
     for logits, labels, weight in rights
   ]
-  return np.concatenate(per_batch).astype(np.float64)[:num]
+  return np.concatenate(per_batch)[:num]
 
 
 def summarize(values: np.ndarray) -> Summary:

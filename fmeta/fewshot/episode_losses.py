@@ -8,9 +8,7 @@ trains a prototypical network. `starting_from` wraps any loss of episodes, so
 that each task begins where its own support set says.
 """
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 from fmeta.errors import UsageError
 from fmeta.fewshot.heads import Head, Learned
 from fmeta.losses import Criterion, softmax_cross_entropy, supervised
-from fmeta.meta import ADAPT, QUERY, Over
+from fmeta.meta import ADAPT, QUERY, Over, per_task
 from fmeta.types import (
   Array,
   Aux,
@@ -32,25 +30,6 @@ from fmeta.types import (
 # (params, model_state, support batch, rng) -> params of that task
 Start = Callable[[Params, ModelState, Batch, Array | None], Params]
 Predict = Callable[[Params, Batch, Array | None], Array]
-
-
-def per_task(
-  fun: Callable[[Mapping, Array], Any],
-  over: Over,
-  episodes: Batch,
-  rng: Array | None,
-) -> Any:
-  """`fun(episode, key)` over the leading task axis of `episodes`.
-
-  Task t gets `fold_in(rng, t)`; without a key (evaluation) one fixed key
-  stands in for `rng`, as in `episode_loss`.
-  """
-  tasks = jax.tree.leaves(episodes)[0].shape[0]
-  root = jax.random.key(ADAPT) if rng is None else rng
-  keys = jax.vmap(functools.partial(jax.random.fold_in, root))(
-    jnp.arange(tasks)
-  )
-  return over(fun)(episodes, keys)
 
 
 def _split(head: Head | Learned, params: Params) -> tuple[Head, Params]:
@@ -75,11 +54,10 @@ def _answer(
     rngs = [None, None]
     if rng is not None:
       rngs = [jax.random.fold_in(rng, k) for k in (ADAPT, QUERY)]
-    # The support's statistics, if the norms keep any, judge the queries.
-    known, state = embed(model, model_state, support, rngs[0])
-    asked, state = embed(model, state, batch, rngs[1])
+    known, _ = embed(model, model_state, support, rngs[0])
+    asked, _ = embed(model, model_state, batch, rngs[1])
     weight = support.get('weight')
-    return solve(known, support['label'], asked, ways, weight), state
+    return solve(known, support['label'], asked, ways, weight), model_state
 
   return forward
 

@@ -6,6 +6,7 @@ function on one task; `vmap` gives episodes:
   head(support [S, D], labels [S], queries [Q, D], ways, weight [S] or None)
     -> logits [Q, ways]
 
+`baselines.nearest_mean_cosine`, the baseline of a frozen encoder, is one too.
 `ways` is static. A support row of weight zero is padding and changes
 nothing; a class without a row of positive weight gets -inf, so it is never
 predicted and takes no probability. With the two, tasks of any number of ways
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmeta.baselines import class_means, unit_length
+from fmeta.baselines import class_means, nearest_mean_euclid, unit_length
 from fmeta.errors import UsageError
 from fmeta.types import Array, Params, Scalar
 
@@ -106,10 +107,7 @@ def prototypes(
     UsageError: if the shapes are no task's.
   """
   check_task(support, labels, queries, weight)
-  means, counts = class_means(support, labels, ways, weight)
-  cross = _product(queries, means.T)
-  squared = (queries**2).sum(-1)[:, None] + (means**2).sum(-1)[None]
-  return without_absent(2 * cross - squared, counts > 0)
+  return nearest_mean_euclid(support, labels, queries, ways, weight)
 
 
 def cosine_prototypes(scale: Scalar = 10.0) -> Head:
@@ -178,20 +176,29 @@ def ridge(strength: Scalar, scale: Scalar, bias: Scalar) -> Head:
     strength: s > 0.
     scale: a, as cross entropy needs more than the regression's range.
     bias: b.
+
+  Raises:
+    UsageError: if a number that is not positive is given as strength.
   """
+  if isinstance(strength, int | float):
+    _check_strength(strength)
 
   def head(support, labels, queries, ways, weight=None):
     check_task(support, labels, queries, weight)
-    member, present = members(labels, ways, None, support.dtype)
+    root = None if weight is None else jnp.sqrt(weight)
+    member, present = members(labels, ways, root, support.dtype)
     rows, asked = _with_one(support), _with_one(queries)
-    if weight is not None:
-      root = jnp.sqrt(weight.astype(rows.dtype))[:, None]
-      rows, member = root * rows, root * member
-      present = member.sum(0) > 0
+    if root is not None:
+      rows = rows * root.astype(rows.dtype)[:, None]
     weights = _ridge_weights(rows, member, strength)
     return without_absent(scale * _product(asked, weights) + bias, present)
 
   return head
+
+
+def _check_strength(strength: float) -> None:
+  if strength <= 0:
+    raise UsageError(f'ridge strength {strength} is not positive; give > 0')
 
 
 def _with_one(rows: Array) -> Array:
@@ -221,8 +228,7 @@ def ridge_init(
   Raises:
     UsageError: if the strength is not positive.
   """
-  if strength <= 0:
-    raise UsageError(f'ridge strength {strength} is not positive; give > 0')
+  _check_strength(strength)
   return {
     'log_strength': jnp.log(jnp.asarray(strength, jnp.float32)),
     'scale': jnp.asarray(scale, jnp.float32),

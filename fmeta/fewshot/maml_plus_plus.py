@@ -5,8 +5,8 @@ optimiser (`step_rates`), the multi-step loss is a loss of episodes that carry
 its weights (`multi_step_loss`, `with_step_weights`). The other parts need
 nothing new: derivative-order annealing is two stages, the first with a learner
 of `value_and_grad=first_order()` (`train.Stage(..., learner=...)`), and the
-cosine outer rate is `optim.warmup_cosine`. Norms with parameters per step are
-`fmeta.fewshot.step_norm.StepNorm`.
+cosine outer rate is `optim.warmup_cosine`. Norms with statistics per step are
+not here.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,8 @@ import optax
 
 from fmeta import tree
 from fmeta.errors import UsageError, suggest
-from fmeta.fewshot.episode_losses import per_task
 from fmeta.learner import adapt
-from fmeta.meta import ADAPT, INIT, QUERY, Inner, Over
+from fmeta.meta import ADAPT, INIT, QUERY, Inner, Over, per_task
 from fmeta.types import Array, Aux, Batch, Learner, LossFn, Params
 
 

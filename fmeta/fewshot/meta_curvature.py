@@ -44,8 +44,8 @@ def meta_curvature(matrices: Params) -> optax.GradientTransformation:
     MC(G)[s, i, o] = sum_{s', i', o'} S[s, s'] M[i, i'] O[o, o'] G[s', i', o']
 
   with s the positions of a convolution's kernel, i inputs, o outputs (Park &
-  Oliva 2019, https://arxiv.org/abs/1902.03356, section 3.1, MC2). It comes
-  first in a chain:
+  Oliva 2019, https://arxiv.org/abs/1902.03356, section 3.1). It comes first in
+  a chain:
 
     hyper -> finetune(loss, optax.chain(meta_curvature(hyper), sgd(rate)))
 
@@ -69,7 +69,7 @@ def meta_curvature(matrices: Params) -> optax.GradientTransformation:
     given, out = tree.get(matrices, name), grad.reshape(sizes)
     for axis, (key, size) in enumerate(zip(AXES, sizes, strict=True)):
       if size > 1:
-        moved = jnp.tensordot(given[key], out, axes=(1, axis))
+        moved = jnp.tensordot(given[key], out, (1, axis), precision='highest')
         out = jnp.moveaxis(moved, 0, axis)
     return out.reshape(grad.shape)
 

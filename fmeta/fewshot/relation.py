@@ -27,7 +27,7 @@ def relation(params: Params) -> Head:
   def head(support, labels, queries, ways, weight=None):
     check_task(support, labels, queries, weight)
     member, present = members(labels, ways, weight, support.dtype)
-    sums = _product(member.T, support)
+    sums = jnp.matmul(member.T, support, precision='highest')
     hidden, score = params['hidden'], params['score']
     # V [s, q] = V_1 s + V_2 q: no pair is formed before the hidden layer.
     of_class, of_query = jnp.split(hidden['kernel'], 2)

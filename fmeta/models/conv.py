@@ -98,28 +98,32 @@ class BatchNorm(nn.Module):
   epsilon: float = 1e-3
 
   @nn.compact
-  def __call__(self, x: Array, deterministic: bool) -> Array:
-    """[..., C] -> the same."""
+  def __call__(
+    self, x: Array, deterministic: bool, weight: Array | None = None
+  ) -> Array:
+    """[B, ..., C] -> the same; `weight` [B] as in `moments`."""
     channels = x.shape[-1:]
     scale = self.param('scale', nn.initializers.ones, channels)
     bias = self.param('bias', nn.initializers.zeros, channels)
-    mean, var = self._statistics(x, deterministic)
+    mean, var = self._statistics(x, deterministic, weight)
     factor = scale * jax.lax.rsqrt(var + self.epsilon)
     shape = (1,) * (x.ndim - 1) + channels
     y = (x - mean.reshape(shape)) * factor.reshape(shape) + bias.reshape(shape)
     # The statistics may be wider than what they normalise.
     return y.astype(jnp.promote_types(x.dtype, scale.dtype))
 
-  def _statistics(self, x: Array, deterministic: bool) -> tuple[Array, Array]:
+  def _statistics(
+    self, x: Array, deterministic: bool, weight: Array | None
+  ) -> tuple[Array, Array]:
     if self.transductive:
-      return moments(x)
+      return moments(x, weight)
     zeros, ones = nn.initializers.zeros, nn.initializers.ones
     args = (None, x.shape[-1:], jnp.promote_types(x.dtype, jnp.float32))
     mean = self.variable('batch_stats', 'mean', zeros, *args)
     var = self.variable('batch_stats', 'var', ones, *args)
     if deterministic:
       return mean.value, var.value
-    batch_mean, batch_var = moments(x)
+    batch_mean, batch_var = moments(x, weight)
     if self.is_mutable_collection('batch_stats'):
       keep = self.momentum
       mean.value = keep * mean.value + (1 - keep) * batch_mean
@@ -127,13 +131,27 @@ class BatchNorm(nn.Module):
     return batch_mean, batch_var
 
 
-def moments(x: Array) -> tuple[Array, Array]:
-  """Mean and biased variance over all axes but the last, in >= float32."""
+def moments(x: Array, weight: Array | None = None) -> tuple[Array, Array]:
+  """Mean and biased variance over all axes but the last, in >= float32.
+
+  Args:
+    x: [B, ..., C].
+    weight: [B]; rows count in proportion, padding of weight 0 not at all. All
+      the same by default.
+  """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   axes = tuple(range(x.ndim - 1))
-  mean = x.mean(axes)
+
+  def average(x):
+    if weight is None:
+      return x.mean(axes)
+    total = weight.sum()
+    share = weight / jnp.where(total > 0, total, 1)
+    return jnp.tensordot(share.astype(x.dtype), x.mean(axes[1:]), 1)
+
+  mean = average(x)
   centred = x - mean.reshape((1,) * len(axes) + mean.shape)
-  return mean, jnp.square(centred).mean(axes)
+  return mean, average(jnp.square(centred))
 
 
 class Block(nn.Module):
@@ -143,11 +161,13 @@ class Block(nn.Module):
   norm: str
 
   @nn.compact
-  def __call__(self, x: Array, deterministic: bool) -> Array:
+  def __call__(
+    self, x: Array, deterministic: bool, weight: Array | None = None
+  ) -> Array:
     """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), filters]."""
     x = MatmulConv(self.filters, stride=2, name='conv')(x)
     norm = BatchNorm(self.norm == 'transductive', name='norm')
-    return nn.relu(norm(x, deterministic))
+    return nn.relu(norm(x, deterministic, weight))
 
 
 class Blocks(nn.Module):
@@ -157,10 +177,13 @@ class Blocks(nn.Module):
   norm: str
 
   @nn.compact
-  def __call__(self, x: Array, deterministic: bool) -> Array:
+  def __call__(
+    self, x: Array, deterministic: bool, weight: Array | None = None
+  ) -> Array:
     """[B, H, W, C] -> [B, filters]."""
     for k in range(4):
-      x = Block(self.filters, self.norm, name=f'block_{k}')(x, deterministic)
+      block = Block(self.filters, self.norm, name=f'block_{k}')
+      x = block(x, deterministic, weight)
     return x.mean((1, 2))
 
 
@@ -173,14 +196,15 @@ class Conv4(nn.Module):
   parameters are adapted in the inner loop.
 
   Attributes:
-    num_classes: of the head, the ways of an episode.
+    num_classes: of the head, the ways of an episode; None: no head, calls
+      return embeddings.
     filters: of each convolution; 64 for Omniglot, 32 for miniImageNet.
     norm: 'transductive', statistics of the current batch always (the
       published protocol), or 'running', evaluation with the last training
       batch's; the parameters are the same.
   """
 
-  num_classes: int
+  num_classes: int | None
   filters: int = 64
   norm: str = 'transductive'
 
@@ -190,8 +214,20 @@ class Conv4(nn.Module):
       raise UsageError(f'norm={self.norm!r}; choose one of {NORMS}')
 
   @nn.compact
-  def __call__(self, image: Array, *, deterministic: bool = True) -> Array:
-    """[B, H, W, C] -> logits [B, num_classes]."""
+  def __call__(
+    self,
+    image: Array,
+    weight: Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> Array:
+    """[B, H, W, C] -> logits [B, num_classes]; embeddings without a head.
+
+    With `forward(model, ('image', 'weight'))` padding rows of weight 0 stay
+    out of the norms' statistics.
+    """
     features = Blocks(self.filters, self.norm, name='body')
-    x = features(image, deterministic)
+    x = features(image, deterministic, weight)
+    if self.num_classes is None:
+      return x
     return nn.Dense(self.num_classes, name='head')(x)

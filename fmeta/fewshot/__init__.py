@@ -1,0 +1,78 @@
+"""Few-shot methods, each a value for the one step.
+
+A closed-form head or the multi-step loss is a `LossFn`, Proto-MAML and CAVIA
+choose where the inner loop starts, step rates and meta-curvature are optax
+transformations, a T-Net is a `Forward`. What needs nothing of this: ANIL and
+BOIL are an inner `tuning=select('head/.*')` or `select('body/.*')`, Meta-SGD
+is `optim.learned_rates`.
+"""
+
+from fmeta.fewshot.cosine import cosine_classifier
+from fmeta.fewshot.episode_losses import (
+  Start,
+  head_loss,
+  predict_from,
+  predict_head,
+  starting_from,
+)
+from fmeta.fewshot.heads import (
+  Head,
+  Learned,
+  cosine_prototypes,
+  learned_ridge,
+  matching,
+  prototypes,
+  ridge,
+  ridge_init,
+)
+from fmeta.fewshot.maml_plus_plus import (
+  annealed_weights,
+  multi_step_loss,
+  step_rates,
+  step_rates_init,
+  with_step_weights,
+)
+from fmeta.fewshot.meta_curvature import curvature_init, meta_curvature
+from fmeta.fewshot.relation import relation, relation_error, relation_init
+from fmeta.fewshot.starts import context_start, prototype_start, with_context
+from fmeta.fewshot.varied_episodes import (
+  Limits,
+  rename_support_classes,
+  varied_episodes,
+)
+from fmeta.fewshot.warp import warp_init, warped
+
+__all__ = (
+  'Head',
+  'Learned',
+  'Limits',
+  'Start',
+  'annealed_weights',
+  'context_start',
+  'cosine_classifier',
+  'cosine_prototypes',
+  'curvature_init',
+  'head_loss',
+  'learned_ridge',
+  'matching',
+  'meta_curvature',
+  'multi_step_loss',
+  'predict_from',
+  'predict_head',
+  'prototype_start',
+  'prototypes',
+  'relation',
+  'relation_error',
+  'relation_init',
+  'rename_support_classes',
+  'ridge',
+  'ridge_init',
+  'starting_from',
+  'step_rates',
+  'step_rates_init',
+  'varied_episodes',
+  'warp_init',
+  'warped',
+  'with_context',
+  'with_step_weights',
+)
