@@ -122,6 +122,22 @@ def test_episodes_give_what_each_task_gives_alone(rule):
   )
 
 
+@pytest.mark.parametrize('rule', RULES)
+def test_rows_of_weight_zero_are_no_support_in_episodes(rule):
+  rows, labels = _embeddings(n=24)
+  weight = (np.arange(12) < 8).astype(np.float32)
+  part = {'x': rows[None, :12], 'label': labels[None, :12].astype(np.int32)}
+  query = {'x': rows[None, 12:], 'label': labels[None, 12:].astype(np.int32)}
+  predict = baselines.nearest_mean_episodes(
+    lambda params, batch: batch['x'], rule, ways=4
+  )
+  padded = {'support': {**part, 'weight': weight[None]}, 'query': query}
+  alone = {'support': {k: v[:, :8] for k, v in part.items()}, 'query': query}
+  np.testing.assert_allclose(
+    predict({}, padded, None), predict({}, alone, None), rtol=1e-5
+  )
+
+
 def _texts(n, seed):
   rng = np.random.default_rng(seed)
   words = [['red', 'blue'], ['two', 'three'], ['cat', 'dog']]

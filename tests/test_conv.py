@@ -9,7 +9,7 @@ import pytest
 
 from fmeta import models, tree
 from fmeta.errors import UsageError
-from fmeta.models import BatchNorm, Conv4, MatmulConv
+from fmeta.models import BatchNorm, Conv4, MatmulConv, conv
 
 
 @functools.cache
@@ -261,6 +261,34 @@ def test_tasks_by_vmap_equal_tasks_one_by_one(conv4):
       states,
       after,
     )
+
+
+def test_weighted_moments_are_those_of_the_rows_that_count(x64):
+  x = jnp.asarray(images(6, 3, 2).astype(np.float64))
+  keep = np.array([1.0, 0, 1, 1, 0, 1])
+  expected = conv.moments(x[keep > 0])
+  for found, moment in zip(conv.moments(x, keep), expected, strict=True):
+    np.testing.assert_allclose(found, moment, rtol=1e-12)
+  # A weight of two is the row twice.
+  twice = conv.moments(jnp.concatenate([x, x[:2]]))
+  weighted = conv.moments(x, jnp.asarray([2.0, 2, 1, 1, 1, 1]))
+  for found, moment in zip(weighted, twice, strict=True):
+    np.testing.assert_allclose(found, moment, rtol=1e-12)
+
+
+def test_padding_changes_nothing_in_a_masked_conv4():
+  module, x = Conv4(None, 4), images(6)
+  run = jax.jit(models.forward(module, ('image', 'weight')))
+  params, _ = models.init(module, jax.random.key(0), {'image': x}, models.IMAGE)
+  assert set(params) == {'body'}
+  weight = np.array([1, 1, 0, 1, 0, 1], np.float32)
+  found = run(params, {}, {'image': x, 'weight': weight}, None)[0]
+  alone = {'image': x[weight > 0]}
+  expected = compiled(module)(params, {}, alone, None)[0]
+  assert expected.shape == (4, 4)
+  np.testing.assert_allclose(found[weight > 0], expected, rtol=1e-5, atol=1e-6)
+  with_them = compiled(module)(params, {}, {'image': x}, None)[0]
+  assert np.abs(with_them[weight > 0] - expected).max() > 1e-2
 
 
 def test_an_unknown_norm_is_refused():

@@ -180,9 +180,7 @@ def test_the_cosine_classifier_ignores_lengths(x64):
 def test_padding_rows_and_absent_classes_change_nothing(name, x64):
   support, queries = task()
   kept = LABELS != 3  # leaves classes 0 and 1
-  small = run(
-    HEADS[name], support[kept], queries, ways=2, labels=LABELS[kept]
-  )
+  small = run(HEADS[name], support[kept], queries, ways=2, labels=LABELS[kept])
   wide = run(HEADS[name], support, queries, ways=6, weight=kept)
   np.testing.assert_allclose(wide[:, :2], small, rtol=1e-12, atol=1e-12)
   assert np.all(np.isneginf(wide[:, 2:]))

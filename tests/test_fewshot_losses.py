@@ -160,9 +160,7 @@ def test_proto_maml_differentiates_through_the_prototypes(x64):
   params, batch = model(), episodes()
   # A head in the outer parameters is replaced: it gets no gradient.
   del params['head']
-  grads = check_gradient(
-    lambda p: proto_maml(1)(p, {}, batch, None)[0], params
-  )
+  grads = check_gradient(lambda p: proto_maml(1)(p, {}, batch, None)[0], params)
 
   def cut(params, model_state, support, rng):
     begun = START(params, model_state, support, rng)
@@ -281,9 +279,7 @@ def test_anil_and_boil_are_patterns(pattern, moves, x64):
       adapted[moves] = jax.tree.map(
         lambda p, g: p - 0.1 * g, adapted[moves], slope
       )
-    return cross_entropy(
-      classify(adapted, {}, query, None)[0], query['label']
-    )
+    return cross_entropy(classify(adapted, {}, query, None)[0], query['label'])
 
   # Its loss in training mode draws; this one has no such mode.
   still = lambda p, s, b, rng: classify(p, s, b, None)

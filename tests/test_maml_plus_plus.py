@@ -43,6 +43,10 @@ def learned(rates):
   return finetune(LOSS, fewshot.step_rates(rates), tuning=HEAD)
 
 
+def value(fast, params, part):
+  return LOSS(tree.combine(params, fast), {}, part, None)[0]
+
+
 def by_hand(params, rates, batch, weights):
   """Every step and every task in a Python loop."""
   total = 0.0
@@ -51,16 +55,13 @@ def by_hand(params, rates, batch, weights):
       jax.tree.map(lambda x, k=k: x[k], batch[part])
       for part in ('support', 'query')
     )
-    slow, fast = params, HEAD.init(params, KEY)[0]
+    fast = HEAD.init(params, KEY)[0]
     for step in range(STEPS):
-      slopes = jax.grad(
-        lambda fast: LOSS(tree.combine(slow, fast), {}, support, None)[0]
-      )(fast)
+      slopes = jax.grad(value)(fast, params, support)
       fast = jax.tree.map(
         lambda p, g, r, step=step: p - r[step] * g, fast, slopes, rates
       )
-      value = LOSS(tree.combine(slow, fast), {}, query, None)[0]
-      total = total + weights[step] * value / 2
+      total = total + weights[step] * value(fast, params, query) / 2
   return total
 
 
@@ -72,9 +73,7 @@ def weighted(batch, weights=WEIGHTS):
 
 
 def test_the_multi_step_loss_with_step_rates_is_its_hand_written_sum(x64):
-  params = toys.double(
-    {'model': toys.three_kernels(), 'hyper': step_rates()}
-  )
+  params = toys.double({'model': toys.three_kernels(), 'hyper': step_rates()})
   batch = toys.double(episodes())
   loss = fewshot.multi_step_loss(learned, LOSS, STEPS)
 
@@ -156,9 +155,7 @@ def test_equal_step_rates_are_sgd_bitwise():
 
 
 def test_meta_gradients_of_step_rates_agree_with_differences(x64):
-  params = toys.double(
-    {'model': toys.three_kernels(), 'hyper': step_rates()}
-  )
+  params = toys.double({'model': toys.three_kernels(), 'hyper': step_rates()})
   batch = weighted(toys.double(episodes()))
   loss = fewshot.multi_step_loss(learned, LOSS, STEPS)
   check_gradient(lambda p: loss(p, {}, batch, None)[0], params)

@@ -51,9 +51,12 @@ def test_each_axis_of_a_convolution_is_multiplied_by_its_matrix(x64):
   }
   grads = jax.tree.map(jnp.asarray, grads)
   matrices = away(fewshot.curvature_init(grads))
-  assert {name: x.shape for name, x in zip(
-    tree.names(matrices), jax.tree.leaves(matrices), strict=True
-  )} == {
+  assert {
+    name: x.shape
+    for name, x in zip(
+      tree.names(matrices), jax.tree.leaves(matrices), strict=True
+    )
+  } == {
     'conv/kernel/space': (6, 6),
     'conv/kernel/in': (4, 4),
     'conv/kernel/out': (5, 5),

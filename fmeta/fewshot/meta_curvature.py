@@ -1,5 +1,7 @@
 """Meta-curvature: learned matrices that turn the inner gradient."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,11 +15,8 @@ AXES = ('space', 'in', 'out')
 
 def _as_three(leaf: Array) -> tuple[int, int, int]:
   """(positions, inputs, outputs) of a leaf; vectors have outputs only."""
-  shape = (1, 1, *leaf.shape)[-max(leaf.ndim, 2) - 1 :]
-  space = 1
-  for size in shape[:-2]:
-    space *= size
-  return space, *shape[-2:]
+  *space, inputs, outputs = (1, 1, *leaf.shape)
+  return math.prod(space), inputs, outputs
 
 
 def curvature_init(trainable: Params) -> Params:

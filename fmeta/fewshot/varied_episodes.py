@@ -91,9 +91,8 @@ class VariedEpisodes:
     counts = np.array([len(self.members[k]) for k in classes])
     queries = min(limits.max_queries, int((counts // 2).min()))
     log_weights = np.log(2) * (2 * _uniform(words[-limits.max_ways :]) - 1)
-    shots = _shots(
-      counts, queries, limits, _uniform(words[2]), log_weights[:ways]
-    )
+    beta = 1 - _uniform(words[2])  # in (0, 1]: no class contributes nothing
+    shots = _shots(counts, queries, limits, beta, log_weights[:ways])
     return Sizes(classes, queries, shots)
 
   def rows(self, task: int) -> tuple[np.ndarray, ...]:
@@ -105,44 +104,35 @@ class VariedEpisodes:
       order = member[np.argsort(words[k, : len(member)], kind='stable')]
       support.append(order[: sizes.shots[k]])
       query.append(order[sizes.shots[k] :][: sizes.queries])
-    out = []
-    for parts in (support, query):
-      lengths = [len(part) for part in parts]
-      labels = np.repeat(np.arange(len(parts), dtype=np.int32), lengths)
-      out += [np.concatenate(parts), labels]
-    return tuple(out)
+    return *_joined(support), *_joined(query)
 
   def __call__(self, i: int) -> Episode:
     """The i-th meta-batch."""
-    limits = self.limits
-    width = limits.max_support, limits.max_ways * limits.max_queries
-    parts = ([], [])
-    for task in range(i * self.tasks, (i + 1) * self.tasks):
-      found = self.rows(task)
-      for k, part in enumerate(parts):
-        part.append(_padded(*found[2 * k : 2 * k + 2], width[k]))
-    arrays = [[np.stack(x) for x in zip(*part, strict=True)] for part in parts]
-    rows, labels, weight = (
-      np.concatenate([a.ravel() for a in pair])
-      for pair in zip(*arrays, strict=True)
-    )
-    batch = take(self.columns, rows)
-    batch.update(label=labels, weight=weight)
+    tasks = range(i * self.tasks, (i + 1) * self.tasks)
+    made = [self._padded(task) for task in tasks]
+    rows, label, weight = map(np.concatenate, zip(*made, strict=True))
+    batch = {**take(self.columns, rows), 'label': label, 'weight': weight}
     if self.collate:
       batch = self.collate(batch)
-    return self._split(batch, width)
 
-  def _split(self, batch, width) -> Episode:
-    cut = self.tasks * width[0]
+    def part(array, which):
+      return array.reshape(self.tasks, -1, *array.shape[1:])[:, which]
 
-    def part(array, k):
-      half = array[:cut] if k == 0 else array[cut:]
-      return half.reshape(self.tasks, width[k], *array.shape[1:])
-
+    cut = self.limits.max_support
     return {
-      name: {key: part(array, k) for key, array in batch.items()}
-      for k, name in enumerate(('support', 'query'))
+      'support': {k: part(a, slice(None, cut)) for k, a in batch.items()},
+      'query': {k: part(a, slice(cut, None)) for k, a in batch.items()},
     }
+
+  def _padded(self, task: int) -> tuple[np.ndarray, ...]:
+    """Rows, labels and weights: the support's, then the queries'."""
+    support, label, query, asked = self.rows(task)
+    limits = self.limits
+    first = _padded(support, label, limits.max_support)
+    last = _padded(query, asked, limits.max_ways * limits.max_queries)
+    both = zip(first, last, strict=True)
+    rows, labels, weight = map(np.concatenate, both)
+    return rows, labels, weight
 
 
 def _uniform(words: np.ndarray) -> Any:
@@ -159,18 +149,24 @@ def _shots(
 ) -> np.ndarray:
   """Support rows per class (appendix 2.2 and 2.3 of the paper)."""
   left = counts - queries
-  # floor(b x) + 1 instead of the ceiling, which is 0 where b is.
-  wanted = np.floor(beta * np.minimum(limits.max_contribution, left)) + 1
+  wanted = np.ceil(beta * np.minimum(limits.max_contribution, left))
   size = min(int(wanted.sum()), limits.max_support)
   shares = np.exp(log_weights) * counts
   more = np.floor(shares / shares.sum() * (size - len(counts)))
   return np.minimum(more.astype(int) + 1, left)
 
 
+def _joined(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """All rows, class by class, and their labels."""
+  lengths = [len(part) for part in parts]
+  labels = np.repeat(np.arange(len(parts), dtype=np.int32), lengths)
+  return np.concatenate(parts), labels
+
+
 def _padded(rows, labels, width) -> tuple[np.ndarray, ...]:
   """Rows, labels and weights of one length; padding repeats the first row."""
   more = width - len(rows)
-  weight = np.repeat(np.float32([1, 0]), [len(rows), more])
+  weight = np.repeat(np.array([1, 0], np.float32), [len(rows), more])
   # Label 0 is a class of every task: a loss of padding is finite.
   return (
     np.pad(rows, (0, more), constant_values=rows[0]),
