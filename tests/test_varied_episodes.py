@@ -183,7 +183,7 @@ def learners(inputs):
   start = fewshot.prototype_start(embed, 6)
   return {
     'prototypes': fewshot.head_loss(fewshot.prototypes, embed, 6),
-    'ridge': fewshot.head_loss(fewshot.ridge(1.0, 2.0, 0.0), embed, 6),
+    'ridge': fewshot.head_loss(fewshot.ridge(1.0, 2.0), embed, 6),
     'maml': maml,
     'proto-maml': fewshot.starting_from(start, maml),
   }

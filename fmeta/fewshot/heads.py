@@ -162,20 +162,20 @@ def matching(scale: Scalar = 1.0) -> Head:
   return head
 
 
-def ridge(strength: Scalar, scale: Scalar, bias: Scalar) -> Head:
+def ridge(strength: Scalar, scale: Scalar) -> Head:
   """R2D2: ridge regression onto the one-hot labels, solved exactly.
 
-    W = (X'X + s I)^-1 X'Y = X' (X X' + s I)^-1 Y,   l(q) = a [q, 1] W + b
+    W = (X'X + s I)^-1 X'Y = X' (X X' + s I)^-1 Y,   l(q) = a [q, 1] W
 
   with X [S, D + 1] the support rows and a one for the intercept, which is
   regularised like the rest, as in the authors' code (Bertinetto et al. 2019,
-  https://arxiv.org/abs/1805.08136, eqs. 4, 6 and 7). The smaller of the two
-  systems is solved. A row's weight multiplies its squared error.
+  https://arxiv.org/abs/1805.08136, eqs. 4, 6 and 7; their shift of all logits,
+  which a softmax does not see, is left out). The smaller of the two systems is
+  solved. A row's weight multiplies its squared error.
 
   Args:
     strength: s > 0.
     scale: a, as cross entropy needs more than the regression's range.
-    bias: b.
 
   Raises:
     UsageError: if a number that is not positive is given as strength.
@@ -191,7 +191,7 @@ def ridge(strength: Scalar, scale: Scalar, bias: Scalar) -> Head:
     if root is not None:
       rows = rows * root.astype(rows.dtype)[:, None]
     weights = _ridge_weights(rows, member, strength)
-    return without_absent(scale * _product(asked, weights) + bias, present)
+    return without_absent(scale * _product(asked, weights), present)
 
   return head
 
@@ -215,15 +215,12 @@ def _ridge_weights(x: Array, y: Array, strength: Scalar) -> Array:
   return jax.scipy.linalg.solve(gram, _product(x.T, y), assume_a='pos')
 
 
-def ridge_init(
-  strength: float = 1.0, scale: float = 1.0, bias: float = 0.0
-) -> Params:
+def ridge_init(strength: float = 1.0, scale: float = 1.0) -> Params:
   """`hyper` of `learned_ridge`: the logarithm of its strength keeps it > 0.
 
   Args:
-    strength: where the strength starts; untuned, like the others.
-    scale: where the factor starts.
-    bias: where the shift starts.
+    strength: where the strength starts; untuned.
+    scale: where the factor starts; untuned.
 
   Raises:
     UsageError: if the strength is not positive.
@@ -232,14 +229,11 @@ def ridge_init(
   return {
     'log_strength': jnp.log(jnp.asarray(strength, jnp.float32)),
     'scale': jnp.asarray(scale, jnp.float32),
-    'bias': jnp.asarray(bias, jnp.float32),
   }
 
 
 def learned_ridge() -> Learned:
-  """R2D2 with learned strength, scale and bias; starts at `ridge_init`."""
+  """R2D2 with learned strength and scale; starts at `ridge_init`."""
   return Learned(
-    lambda hyper: ridge(
-      jnp.exp(hyper['log_strength']), hyper['scale'], hyper['bias']
-    )
+    lambda hyper: ridge(jnp.exp(hyper['log_strength']), hyper['scale'])
   )
