@@ -71,7 +71,7 @@ def value(loss_fn, params, batch, rng=None):
 
 def prototypical(params, episode):
   """The objective of Snell et al., task by task."""
-  found = []
+  episode, found = jax.tree.map(np.asarray, episode), []
   for k in range(episode['query']['label'].shape[0]):
     support, query = one(episode['support'], k), one(episode['query'], k)
     rows, asked = plain(params, support), plain(params, query)
@@ -90,7 +90,9 @@ def test_a_prototypical_network_s_loss_and_gradient_are_the_papers(x64):
     return found, aux
 
   (found, aux), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
-  expected, slopes = jax.value_and_grad(prototypical)(params, batch)
+  expected, slopes = jax.jit(
+    jax.value_and_grad(lambda p: prototypical(p, batch))
+  )(params)
   np.testing.assert_allclose(found, expected, rtol=1e-12)
   assert_close(slopes, grads, 'gradient', 1e-12)
   assert aux.weight == 2 and aux.outputs.shape == (2, 4, WAYS)

@@ -9,7 +9,7 @@ import toys
 from fmeta import fewshot, gradients, losses, meta, optim, train, tree, tuning
 from fmeta.errors import UsageError
 from fmeta.learner import adapt, finetune
-from fmeta.testing import assert_close, check_gradient
+from fmeta.testing import assert_close
 from fmeta.types import Aux
 
 KEY = jax.random.key(6)
@@ -152,13 +152,6 @@ def test_equal_step_rates_are_sgd_bitwise():
   assert_close(
     after(optim.sgd(0.1)), after(fewshot.step_rates(rates)), 'sgd', 0.0
   )
-
-
-def test_meta_gradients_of_step_rates_agree_with_differences(x64):
-  params = toys.double({'model': toys.three_kernels(), 'hyper': step_rates()})
-  batch = weighted(toys.double(episodes()))
-  loss = fewshot.multi_step_loss(learned, LOSS, STEPS)
-  check_gradient(lambda p: loss(p, {}, batch, None)[0], params)
 
 
 def test_weights_anneal_from_equal_to_the_last_step():

@@ -210,9 +210,10 @@ def test_a_padded_task_is_the_task_alone(name, x64):
   found = slope(learners(('x', 'weight'))[name], params, toys.double(padded))
   expected = slope(learners(('x',))[name], params, toys.double(alone))
   assert_close(expected, found, name, 1e-10)
-  # Of what the norm sees, padding would be a part.
-  wrong = slope(learners(('x',))[name], params, toys.double(padded))
-  assert abs(wrong[0] - expected[0]) > 1e-3
+  if name == 'prototypes':
+    # Of what the norm sees, padding would be a part.
+    wrong = slope(learners(('x',))[name], params, toys.double(padded))
+    assert abs(wrong[0] - expected[0]) > 1e-3
 
 
 def test_tasks_of_all_sizes_share_one_compiled_step():

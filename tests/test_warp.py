@@ -30,6 +30,11 @@ def params_with(away=0.0):
   return tree.map_with_name(moved, params)
 
 
+@jax.jit
+def slopes_of(params, batch):
+  return jax.grad(lambda p: PLAIN(p, {}, batch, None)[0])(params)
+
+
 def test_identity_warps_change_nothing():
   batch = toys.batch_of()
   found, _ = T_NET(params_with(), {}, batch, None)
@@ -53,7 +58,7 @@ def test_a_step_moves_the_product_by_the_gradient_under_the_metric(x64):
     ),
     toys.double(toys.three_kernels()),
   )
-  slopes = jax.grad(lambda p: PLAIN(p, {}, batch, None)[0])(products)
+  slopes = slopes_of(products, batch)
   for name in PATTERNS:
     warp = np.asarray(tree.get(params, name + '.warp'))
     np.testing.assert_array_equal(tree.get(after, name + '.warp'), warp)
@@ -86,7 +91,7 @@ def test_warp_layers_between_those_that_move_are_a_pattern(x64):
     PLAIN, optim.sgd(0.1), tuning=tuning.select('body/layer_0/.*', 'head/.*')
   )
   state, _ = jax.jit(inner.step)(inner.init(params, KEY), batch, KEY)
-  slopes = jax.grad(lambda p: PLAIN(p, {}, batch, None)[0])(params)
+  slopes = slopes_of(params, batch)
   expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, slopes)
   expected['body']['layer_1'] = params['body']['layer_1']
   assert_close(expected, inner.params(state), 'WarpGrad', 1e-12)
