@@ -9,18 +9,18 @@ import jax
 import numpy as np
 import pytest
 
-import fmeta
 from experiments import run
 from experiments.fewshot import (
   docparams_maml,
   names,
   omniglot_maml,
+  omniglot_task,
   sinusoid_maml,
 )
 from fmeta import data
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
-from fmeta.models import init
+from fmeta.models import forward
 from fmeta.result import OUTCOME
 from fmeta.workdir import Context
 
@@ -69,7 +69,7 @@ def drawn_characters(num_classes=60, seed=0):
 @pytest.fixture
 def drawn(monkeypatch):
   monkeypatch.setattr(omniglot, 'load', lambda folder: drawn_characters())
-  monkeypatch.setattr(omniglot_maml, 'CHARACTERS', 60)
+  monkeypatch.setattr(omniglot_task, 'CHARACTERS', 60)
 
 
 def test_sinusoid_maml_runs_and_an_error_per_step_number_is_reported(tmp_path):
@@ -93,7 +93,10 @@ def test_sinusoid_tasks_have_the_stated_amplitude_and_phase():
     assert imaginary >= -1e-4  # sin of a phase in [0, pi]
 
 
-@pytest.mark.parametrize('name', ['omniglot_maml', 'omniglot_anil'])
+@pytest.mark.parametrize(
+  'name',
+  ['omniglot_maml', 'omniglot_anil', 'omniglot_fomaml', 'omniglot_protonet'],
+)
 def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   result = small(name, tmp_path / 'run')
   assert set(result['metrics']) == {
@@ -122,7 +125,7 @@ def test_anil_leaves_the_body_where_it_is_in_the_inner_loop(
 
 def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
   config = omniglot_maml.Config(**omniglot_maml.SMALL)
-  splits = omniglot_maml.load(config, Context(tmp_path))
+  splits = omniglot_task.load(config, Context(tmp_path))
   upright, validation, test = (
     set(splits[name]['label'][:600].tolist())  # the first turn comes first
     for name in ('train', 'validation', 'test')
@@ -135,16 +138,10 @@ def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
 
 def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
   config = omniglot_maml.Config(filters=4)
-  learner, _, transductive = omniglot_maml.outer_learner(config, fmeta.full())
-  del learner
+  transductive = forward(omniglot_task.Conv4(5, 4), ('image',))
   images = drawn_characters()['background']['image']
-  params, _ = init(
-    omniglot_maml.Conv4(5, 4),
-    jax.random.key(0),
-    {'image': images[:1]},
-    ('image',),
-  )
-  alone = omniglot_maml.judge_alone(config)
+  params = omniglot_task.start(config, 5)
+  alone = omniglot_task.by_support(config, 5)
 
   def logits(how, rows):
     batch = {'image': images[rows], 'support_image': images[100:105]}
@@ -160,7 +157,7 @@ def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
 def test_too_many_characters_are_refused_in_one_line(tmp_path, drawn):
   config = omniglot_maml.Config(train_characters=58, validation_characters=1)
   with pytest.raises(UsageError, match='leave 1 of 60 to test on'):
-    omniglot_maml.load(config, Context(tmp_path))
+    omniglot_task.load(config, Context(tmp_path))
 
 
 @pytest.fixture
