@@ -290,3 +290,67 @@ def test_anil_and_boil_are_patterns(pattern, moves, x64):
   found = jax.jit(jax.grad(lambda p: loss(p, {}, batch, None)[0]))(params)
   expected = jax.jit(jax.grad(by_hand))(params)
   assert_close(expected, found, pattern, 1e-12)
+
+
+def shifted(batch, key):
+  x = batch['x']
+  return {**batch, 'x': x + 0.5 * jax.random.normal(key, x.shape, x.dtype)}
+
+
+def without_dropout(params, model_state, batch, rng):
+  return embed(params, model_state, batch, None)
+
+
+def test_fine_tuning_on_the_augmented_support_is_its_loop_by_hand(x64):
+  params, batch = {'body': model()['body']}, episodes(1)
+  support, query = one(batch['support'], 0), one(batch['query'], 0)
+  seen = []
+
+  def augment(batch, key):
+    seen.append(sorted(batch))
+    return shifted(batch, jax.random.key(1))  # the same in every step
+
+  loss = fewshot.support_loss(fewshot.prototypes, without_dropout, 3, augment)
+  tuned = finetune(loss, optim.sgd(0.1))
+  predict = fewshot.predict_fine_tuned(
+    tuned, fewshot.prototypes, without_dropout, WAYS, 2
+  )
+  found = jax.jit(predict)(params, batch, None)[0]
+
+  def logits(params, asked):
+    head = START(params, {}, support, None)['head']
+    return plain(params, asked) @ head['kernel'] + head['bias'][None]
+
+  pseudo = shifted(support, jax.random.key(1))
+  slope = jax.jit(
+    jax.grad(lambda p: cross_entropy(logits(p, pseudo), support['label']))
+  )
+  for _ in range(2):
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, slope(params))
+  # The linear head's logits lack -|q|^2.
+  asked = (plain(params, query) ** 2).sum(-1)
+  expected = logits(params, query) - asked[:, None]
+  np.testing.assert_allclose(found, expected, rtol=1e-10)
+  assert seen[0] == ['label', 'support', 'x']
+
+
+def test_fine_tuning_for_no_steps_is_the_head_and_nothing_is_augmented(x64):
+  params, batch = {'body': model()['body']}, episodes()
+
+  def lost(batch, key):
+    return {**batch, 'x': batch['x'] * np.nan}
+
+  loss = fewshot.support_loss(fewshot.prototypes, without_dropout, WAYS, lost)
+  tuned = finetune(loss, optim.sgd(0.1))
+  predict = fewshot.predict_fine_tuned(
+    tuned, fewshot.prototypes, embed, WAYS, 0
+  )
+  head = fewshot.predict_head(fewshot.prototypes, embed, WAYS)
+  np.testing.assert_allclose(
+    predict(params, batch, None), head(params, batch, None), rtol=1e-12
+  )
+  itself = one(batch['support'], 0)
+  value, _ = loss(params, {}, itself, None)
+  alone = {'support': itself, 'query': itself}
+  expected = prototypical(params, jax.tree.map(lambda x: x[None], alone))
+  np.testing.assert_allclose(value, expected, rtol=1e-12)

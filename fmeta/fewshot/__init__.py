@@ -10,11 +10,14 @@ is `optim.learned_rates`.
 from fmeta.fewshot.cosine import cosine_classifier
 from fmeta.fewshot.episode_losses import (
   Start,
+  beside_support,
+  head_forward,
   head_loss,
   predict_from,
   predict_head,
   starting_from,
 )
+from fmeta.fewshot.fine_tuned import predict_fine_tuned, support_loss
 from fmeta.fewshot.heads import (
   Head,
   Learned,
@@ -48,15 +51,18 @@ __all__ = (
   'Limits',
   'Start',
   'annealed_weights',
+  'beside_support',
   'context_start',
   'cosine_classifier',
   'cosine_prototypes',
   'curvature_init',
+  'head_forward',
   'head_loss',
   'learned_ridge',
   'matching',
   'meta_curvature',
   'multi_step_loss',
+  'predict_fine_tuned',
   'predict_from',
   'predict_head',
   'prototype_start',
@@ -70,6 +76,7 @@ __all__ = (
   'starting_from',
   'step_rates',
   'step_rates_init',
+  'support_loss',
   'varied_episodes',
   'warp_init',
   'warped',

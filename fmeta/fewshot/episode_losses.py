@@ -44,22 +44,37 @@ def _split(head: Head | Learned, params: Params) -> tuple[Head, Params]:
   return head.head_of(params['hyper']), params['model']
 
 
-def _answer(
-  head: Head | Learned, embed: Forward, ways: int, support: Batch
-) -> Forward:
-  """The head that has learned `support`, as a `Forward` on queries."""
+def head_forward(head: Head | Learned, embed: Forward, ways: int) -> Forward:
+  """A head as a `Forward` of queries that carry their support.
+
+  Args:
+    head: as for `head_loss`.
+    embed: as for `head_loss`.
+    ways: as for `head_loss`.
+
+  Returns:
+    A `Forward` of a batch of queries with one key more, `support`, the
+    support's batch; see `beside_support`. Model state is an input only.
+  """
 
   def forward(params, model_state, batch, rng):
     solve, model = _split(head, params)
     rngs = [None, None]
     if rng is not None:
       rngs = [jax.random.fold_in(rng, k) for k in (ADAPT, QUERY)]
+    support = batch['support']
     known, _ = embed(model, model_state, support, rngs[0])
     asked, _ = embed(model, model_state, batch, rngs[1])
     weight = support.get('weight')
     return solve(known, support['label'], asked, ways, weight), model_state
 
   return forward
+
+
+def beside_support(episode: Batch) -> Batch:
+  """The episode with its support under one more key of its queries."""
+  support = episode['support']
+  return {**episode, 'query': {**episode['query'], 'support': support}}
 
 
 def head_loss(
@@ -93,15 +108,16 @@ def head_loss(
     only.
   """
 
+  of_queries = supervised(head_forward(head, embed, ways), criterion)
+
   def loss(params, model_state, batch, rng):
-    def one(episode, key):
-      forward = _answer(head, embed, ways, episode['support'])
-      value, aux = supervised(forward, criterion)(
-        params, model_state, episode['query'], None if rng is None else key
-      )
+    def one(query, key):
+      key = None if rng is None else key
+      value, aux = of_queries(params, model_state, query, key)
       return value, dict(aux.metrics), aux.outputs
 
-    values, metrics, outputs = per_task(one, over, batch, rng)
+    queries = beside_support(batch)['query']
+    values, metrics, outputs = per_task(one, over, queries, rng)
     weight = jnp.asarray(values.shape[0], values.dtype)
     metrics = jax.tree.map(jnp.mean, metrics)
     return values.mean(), Aux(model_state, metrics, weight, outputs)
@@ -130,14 +146,14 @@ def predict_head(
     `(params, episodes, rng) -> logits [tasks, Q, ways]`.
   """
   state = {} if model_state is None else model_state
+  forward = head_forward(head, embed, ways)
 
   def predict(params, episodes, rng):
-    def one(episode, key):
+    def one(query, key):
       del key
-      forward = _answer(head, embed, ways, episode['support'])
-      return forward(params, state, episode['query'], None)[0]
+      return forward(params, state, query, None)[0]
 
-    return per_task(one, over, episodes, rng)
+    return per_task(one, over, beside_support(episodes)['query'], rng)
 
   return predict
 
