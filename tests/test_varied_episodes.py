@@ -160,6 +160,27 @@ def test_a_bert_like_collate_sees_rows_with_labels_and_weights():
   assert seen[0] >= {'x', 'label', 'weight'}
 
 
+def test_each_meta_batch_is_of_one_domain_in_the_stated_shares():
+  sources = [lambda i, k=k: (k, i) for k in range(3)]
+  made = fewshot.from_domains(sources, 4, (1, 2, 5))
+  drawn = [made(i) for i in range(800)]
+  assert [i for _, i in drawn] == list(range(800))
+  counts = np.bincount([k for k, _ in drawn])
+  assert scipy.stats.chisquare(counts, [100, 200, 500]).pvalue > 0.01
+  assert made(17) == drawn[17]
+  equal = fewshot.from_domains(sources[:2], 4)
+  counts = np.bincount([equal(i)[0] for i in range(400)])
+  assert scipy.stats.chisquare(counts).pvalue > 0.01
+  other = fewshot.from_domains(sources, 5, (1, 2, 5))
+  assert [other(i) for i in range(50)] != drawn[:50]
+
+
+@pytest.mark.parametrize('shares', [(1,), (1, 0), (1, 1, 1)])
+def test_shares_that_do_not_fit_the_domains_are_refused(shares):
+  with pytest.raises(UsageError, match='for 2 sources; give at least one'):
+    fewshot.from_domains([lambda i: i] * 2, 0, shares)
+
+
 class NormNet(nn.Module):
   """A norm by the statistics of the batch, then a head if there is one."""
 

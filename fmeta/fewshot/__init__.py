@@ -8,6 +8,7 @@ is `optim.learned_rates`.
 """
 
 from fmeta.fewshot.cosine import cosine_classifier
+from fmeta.fewshot.domains import from_domains
 from fmeta.fewshot.episode_losses import (
   Start,
   beside_support,
@@ -56,6 +57,7 @@ __all__ = (
   'cosine_classifier',
   'cosine_prototypes',
   'curvature_init',
+  'from_domains',
   'head_forward',
   'head_loss',
   'learned_ridge',
