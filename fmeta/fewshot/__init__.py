@@ -29,6 +29,7 @@ from fmeta.fewshot.heads import (
   ridge,
   ridge_init,
 )
+from fmeta.fewshot.leo import leo_init, leo_loss, leo_start, predict_leo
 from fmeta.fewshot.maml_plus_plus import (
   annealed_weights,
   multi_step_loss,
@@ -61,12 +62,16 @@ __all__ = (
   'head_forward',
   'head_loss',
   'learned_ridge',
+  'leo_init',
+  'leo_loss',
+  'leo_start',
   'matching',
   'meta_curvature',
   'multi_step_loss',
   'predict_fine_tuned',
   'predict_from',
   'predict_head',
+  'predict_leo',
   'prototype_start',
   'prototypes',
   'relation',
