@@ -95,7 +95,13 @@ def test_sinusoid_tasks_have_the_stated_amplitude_and_phase():
 
 @pytest.mark.parametrize(
   'name',
-  ['omniglot_maml', 'omniglot_anil', 'omniglot_fomaml', 'omniglot_protonet'],
+  [
+    'omniglot_maml',
+    'omniglot_anil',
+    'omniglot_fomaml',
+    'omniglot_maml_plus_plus',
+    'omniglot_protonet',
+  ],
 )
 def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   result = small(name, tmp_path / 'run')

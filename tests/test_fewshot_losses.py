@@ -31,6 +31,10 @@ def classify(params, model_state, batch, rng):
   return hidden @ head['kernel'] + head['bias'][None], model_state
 
 
+def without_dropout_head(params, model_state, batch, rng):
+  return classify(params, model_state, batch, None)
+
+
 def model():
   body = toys.double(toys.three_kernels())['body']
   random = np.random.default_rng(1)
@@ -196,6 +200,32 @@ def test_a_class_without_support_rows_is_never_predicted_by_proto_maml(x64):
   np.testing.assert_allclose(logits[..., :2], aux.outputs[..., :2], rtol=1e-10)
 
 
+def test_proto_maml_takes_learned_rates_beside_the_model(x64):
+  params, batch = model(), episodes()
+  by_rate = lambda rates: finetune(
+    losses.supervised(without_dropout_head, CRITERION),
+    fewshot.step_rates(rates),
+  )
+  of_query = losses.supervised(without_dropout_head, CRITERION)
+  rates = fewshot.step_rates_init(params, 1, 0.1)
+  learned = fewshot.starting_from(
+    fewshot.of_model(START), meta.episode_loss(by_rate, of_query, 1)
+  )
+  given = fewshot.starting_from(
+    START, meta.episode_loss(by_rate(rates), of_query, 1)
+  )
+
+  @jax.jit
+  def both(params):
+    outer = {'model': params, 'hyper': rates}
+    slope = jax.grad(lambda p: learned(p, {}, batch, None)[0])(outer)
+    return slope, jax.grad(lambda p: given(p, {}, batch, None)[0])(params)
+
+  found, expected = both(params)
+  assert_close(expected, found['model'], 'Proto-MAML', 1e-12)
+  assert all(np.all(x != 0) for x in jax.tree.leaves(found['hyper']))
+
+
 SIZE = 2
 
 
@@ -283,8 +313,7 @@ def test_anil_and_boil_are_patterns(pattern, moves, x64):
       )
     return cross_entropy(classify(adapted, {}, query, None)[0], query['label'])
 
-  # Its loss in training mode draws; this one has no such mode.
-  still = lambda p, s, b, rng: classify(p, s, b, None)
+  still = without_dropout_head
   learner = inner((pattern,), forward=still)
   loss = meta.episode_loss(learner, losses.supervised(still, CRITERION), 2)
   found = jax.jit(jax.grad(lambda p: loss(p, {}, batch, None)[0]))(params)

@@ -74,6 +74,7 @@ class Method(NamedTuple):
     predict: for `evaluate_episodes`, by the statistics of the query batch.
     predict_alone: the same by those of the support, see `by_support`.
     train_ways: classes per training task.
+    source: wraps the training meta-batches, `(i -> batch) -> (i -> batch)`.
   """
 
   learner: fmeta.Learner
@@ -81,6 +82,7 @@ class Method(NamedTuple):
   predict: Callable
   predict_alone: Callable
   train_ways: int
+  source: Callable = lambda batches: batches
 
 
 def load(config: Task, context: Context) -> dict[str, dict]:
@@ -170,7 +172,7 @@ def run(config: Task, context: Context, method: Method) -> dict:
     tasks=config.meta_batch,
   )
   validation = held_out('validation', config.validation_episodes)
-  fitted = fit(config, context, method, source, validation)
+  fitted = fit(config, context, method, method.source(source), validation)
   tested = test(method, fitted.params, held_out('test', config.test_episodes))
   return {
     'metrics': {name: summary.mean for name, summary in tested.items()},

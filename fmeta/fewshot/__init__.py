@@ -39,7 +39,12 @@ from fmeta.fewshot.maml_plus_plus import (
 )
 from fmeta.fewshot.meta_curvature import curvature_init, meta_curvature
 from fmeta.fewshot.relation import relation, relation_error, relation_init
-from fmeta.fewshot.starts import context_start, prototype_start, with_context
+from fmeta.fewshot.starts import (
+  context_start,
+  of_model,
+  prototype_start,
+  with_context,
+)
 from fmeta.fewshot.varied_episodes import (
   Limits,
   rename_support_classes,
@@ -68,6 +73,7 @@ __all__ = (
   'matching',
   'meta_curvature',
   'multi_step_loss',
+  'of_model',
   'predict_fine_tuned',
   'predict_from',
   'predict_head',

@@ -40,6 +40,23 @@ def prototype_start(embed: Forward, ways: int, head: str = 'head') -> Start:
   return start
 
 
+def of_model(start: Start) -> Start:
+  """The start of `params['model']`; `hyper` stays as it is.
+
+  For inner loops with learned hyper-parameters: Proto-MAML with MAML++'s rates
+  is `starting_from(of_model(prototype_start(...)), multi_step_loss(...))`.
+
+  Args:
+    start: of the model's parameters alone.
+  """
+
+  def begin(params, model_state, support, rng):
+    begun = start(params['model'], model_state, support, rng)
+    return {**params, 'model': begun}
+
+  return begin
+
+
 def context_start(size: int) -> Start:
   """CAVIA: context parameters that are zero at the start of every task.
 
