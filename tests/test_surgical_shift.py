@@ -132,17 +132,23 @@ def test_blocks_cover_the_model_once():
     assert matches.count(0) == 1, name
 
 
+def answers(accuracies):
+  """Right answers [seeds, 10] of these accuracies."""
+  return np.arange(10)[None] < 10 * np.array(accuracies)[:, None]
+
+
 def test_summary_counts_auto_among_the_best_two():
   config = surgical_shift.Config(seeds=2)
+  accuracies = {
+    'early': [0.5, 0.7],
+    'stage_2': [0.4, 0.4],
+    'stage_3': [0.8, 0.6],
+    'head': [0.1, 0.2],
+    'full': [0.9, 0.9],
+    'none': [0.1, 0.1],
+  }
   result = {
-    'rows': {
-      'early': [0.5, 0.7],
-      'stage_2': [0.4, 0.4],
-      'stage_3': [0.8, 0.6],
-      'head': [0.1, 0.2],
-      'full': [0.9, 0.9],
-      'none': [0.1, 0.1],
-    },
+    'rows': {row: answers(given) for row, given in accuracies.items()},
     'ratios': [
       {'early': 2.0, 'stage_2': 1.0, 'stage_3': 0.1, 'head': 0.2},
       {'early': 2.0, 'stage_2': 1.0, 'stage_3': 0.1, 'head': 2.2},
@@ -152,7 +158,9 @@ def test_summary_counts_auto_among_the_best_two():
   assert found['order'] == ['stage_3', 'early', 'stage_2', 'head']
   assert found['picks'] == ['early', 'head']
   assert found['hits'] == [True, False]
-  assert found['means']['auto'] == pytest.approx((0.5 + 0.2) / 2)
+  assert found['found']['auto'].mean == pytest.approx((0.5 + 0.2) / 2)
+  # Of twenty answers three are won and one is lost: 0.1 +- 1.96 x 0.0975.
+  assert found['lead'] == pytest.approx((0.1, -0.09, 0.29), abs=0.02)
 
 
 def test_the_experiment_reports_every_row(folder, tmp_path):
@@ -166,6 +174,7 @@ def test_the_experiment_reports_every_row(folder, tmp_path):
       assert 0 <= result[f'{shift}/{row}'] <= 1
     auto = result[f'{shift}/auto']
     assert auto in (result[f'{shift}/early'], result[f'{shift}/head'])
+    assert result[f'{shift}/best minus second'] >= 0
   assert result['auto in the best two'] == 1  # Of two blocks.
 
 

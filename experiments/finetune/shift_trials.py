@@ -129,12 +129,12 @@ def splits_of(bench: Bench, name: str, seed: int) -> dict[str, dict]:
   return out
 
 
-def accuracy(bench: Bench, params, state, columns) -> float:
-  """Share of right answers."""
+def correct(bench: Bench, params, state, columns) -> np.ndarray:
+  """Which answers are right, [N]."""
   size = min(EVAL_ROWS, len(columns['label']))
-  return evaluate.accuracy_of(
+  return evaluate.evaluate(
     bench.forward, params, state, data.eval_batches(columns, size)
-  )
+  ).correct
 
 
 def fit(bench: Bench, row: str, splits, rate: float, seed: int):
@@ -160,15 +160,19 @@ def fit(bench: Bench, row: str, splits, rate: float, seed: int):
 
 
 def attempt(bench: Bench, name: str, row: str, rate: float, seed: int) -> dict:
-  """Validation and test accuracy of one rate; once per workdir."""
+  """Validation accuracy and test answers of one rate; once per workdir."""
 
   def run():
     splits = splits_of(bench, name, seed)
     state = fit(bench, row, splits, rate, seed).state
     params = bench.programs[row].learner.params(state)
-    return {
-      split: accuracy(bench, params, state.model_state, splits[split])
+    right = {
+      split: correct(bench, params, state.model_state, splits[split])
       for split in ('validation', 'test')
+    }
+    return {
+      'validation': float(right['validation'].mean()),
+      'correct': right['test'].astype(int).tolist(),
     }
 
   path = f'{name}/{row}/rate_{rate:g}_seed_{seed}'
@@ -195,23 +199,23 @@ def untrained(bench: Bench, name: str, seed: int) -> dict:
     ratios = surgical.relative_gradients(
       bench.loss_fn, bench.params, batches, BLOCKS, bench.model_state
     )
-    test = accuracy(bench, bench.params, bench.model_state, splits['test'])
-    return {'test': test, 'ratios': ratios}
+    right = correct(bench, bench.params, bench.model_state, splits['test'])
+    return {'correct': right.astype(int).tolist(), 'ratios': ratios}
 
   return trial(bench.context, f'{name}/{NONE}/seed_{seed}', run)
 
 
 def measure(bench: Bench, name: str) -> dict:
-  """All rows under one shift: test accuracies by seed, and the ratios."""
+  """All rows under one shift: right test answers [seeds, N], the ratios."""
   seeds = range(bench.config.seeds)
   start = [untrained(bench, name, seed) for seed in seeds]
-  rows = {NONE: [found['test'] for found in start]}
+  rows = {NONE: np.array([found['correct'] for found in start])}
   for row in bench.config.rows:
     rate = chosen_rate(bench, name, row)
-    rows[row] = [
-      attempt(bench, name, row, rate, seed)['test'] for seed in seeds
-    ]
-    print(f'  {name} {row}: rate {rate:g}, {rows[row]}', flush=True)
+    made = [attempt(bench, name, row, rate, seed) for seed in seeds]
+    rows[row] = np.array([found['correct'] for found in made])
+    shown = [round(100 * value, 1) for value in rows[row].mean(1)]
+    print(f'  {name} {row}: rate {rate:g}, {shown} %', flush=True)
   return {'rows': rows, 'ratios': [found['ratios'] for found in start]}
 
 

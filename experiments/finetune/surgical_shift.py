@@ -33,7 +33,7 @@ import numpy as np
 from experiments.common import Seeds
 from experiments.finetune import shift_trials, shifts
 from experiments.finetune.shift_trials import BLOCKS, NONE, open_bench
-from fmeta import tree
+from fmeta import metrics, tree
 from fmeta.errors import UsageError, suggest
 from fmeta.workdir import Context
 
@@ -113,30 +113,46 @@ def auto_picks(config: Config, result: dict) -> list[str]:
 
 
 def summary(config: Config, result: dict) -> dict:
-  """Mean accuracies of a shift, its blocks from best to worst, auto's hits.
+  """Intervals of a shift, its blocks from best to worst, auto's hits.
+
+  Every seed has its own test images, so the intervals resample all of them.
 
   Args:
     config: the settings.
-    result: of one shift: row -> accuracies by seed, and `ratios`.
+    result: of one shift: row -> right answers [seeds, N], and `ratios`.
   """
   picks = auto_picks(config, result)
-  means = {row: float(np.mean(result['rows'][row])) for row in config.rows}
-  means[NONE] = float(np.mean(result['rows'][NONE]))
-  chosen = [result['rows'][pick][seed] for seed, pick in enumerate(picks)]
-  means[AUTO] = float(np.mean(chosen))
+  rows = {row: result['rows'][row] for row in (*config.rows, NONE)}
+  rows[AUTO] = np.array([rows[pick][k] for k, pick in enumerate(picks)])
+  found = {
+    row: metrics.bootstrap_ci(right.ravel()) for row, right in rows.items()
+  }
   blocks = [name for name in BLOCKS if name in config.rows]
-  order = sorted(blocks, key=lambda name: -means[name])
+  order = sorted(blocks, key=lambda name: -found[name].mean)
   hits = [pick in order[:2] for pick in picks]
-  return {'means': means, 'order': order, 'picks': picks, 'hits': hits}
+  lead = None
+  if len(order) > 1:
+    best, second = (rows[name].ravel() for name in order[:2])
+    lead = metrics.paired_bootstrap(best, second)
+  return {
+    'found': found,
+    'order': order,
+    'lead': lead,
+    'picks': picks,
+    'hits': hits,
+  }
 
 
 def line(name: str, found: dict) -> str:
   """One printed row."""
   cells = '  '.join(
-    f'{row} {100 * value:5.1f}' for row, value in found['means'].items()
+    f'{row} {100 * value.mean:5.1f}' for row, value in found['found'].items()
   )
-  picks = '/'.join(found['picks'])
-  return f'{name:<15} {cells}  best {found["order"][0]}, auto {picks}'
+  best, picks = found['order'][0], '/'.join(found['picks'])
+  if found['lead']:
+    mean, low, high = (100 * value for value in found['lead'])
+    best = f'{best} by {mean:.1f} [{low:.1f}, {high:.1f}]'
+  return f'{name:<15} {cells}  best {best}, auto {picks}'
 
 
 def run(config: Config, context: Context) -> dict:
@@ -144,21 +160,24 @@ def run(config: Config, context: Context) -> dict:
   check(config)
   path = checkpoint_of(config, context)
   bench = open_bench(config, context, path)
-  metrics, hits = {}, []
+  means, ci95, hits = {}, {}, []
   for name in config.shifts:
     found = summary(config, shift_trials.measure(bench, name))
     print(line(name, found), flush=True)
-    for row, value in found['means'].items():
-      metrics[f'{name}/{row}'] = value
-    metrics[f'{name}/auto in the best two'] = float(np.mean(found['hits']))
+    intervals = {f'{name}/{row}': i for row, i in found['found'].items()}
+    if found['lead']:
+      intervals[f'{name}/best minus second'] = found['lead']
+    means |= {key: interval.mean for key, interval in intervals.items()}
+    ci95 |= {key: list(interval[1:]) for key, interval in intervals.items()}
+    means[f'{name}/auto in the best two'] = float(np.mean(found['hits']))
     hits += found['hits']
-  metrics['auto in the best two'] = float(np.mean(hits))
-  share = metrics['auto in the best two']
+  share = means['auto in the best two'] = float(np.mean(hits))
   print(f'auto_surgical took one of the best two blocks in {share:.0%}')
   if config.explained:
     shift_trials.explain_one(bench, config.shifts[0])
   return {
-    'metrics': metrics,
+    'metrics': means,
+    'ci95': ci95,
     'total_parameters': tree.size(bench.params),
     'data_sha256': bench.data_sha256,
   }
