@@ -11,7 +11,7 @@ fresh top layers. Rows on SST-2 with `sizes` training sentences:
 - reinit: the last block drawn anew, 3 epochs;
 - both: the last block drawn anew, `long_epochs` of the size.
 
-Every row chooses its rate from a grid of three on validation sentences, of
+Every row chooses its rate from a grid of five on validation sentences, of
 which there are more than a user with 100 labels would have: the table says
 what the recipe can do, not what choosing it costs. Each seed draws other
 training sentences. Intervals resample test sentences of the seed-averaged
@@ -50,7 +50,8 @@ class Config:
   batch_size: int = 16
   max_length: int = 64
   head_multiplier: float = 10.0
-  rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+  # Wide enough for 18 and for 630 steps.
+  rates: tuple[float, ...] = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
   validation_examples: int = 400
   test_examples: int | None = None
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments.finetune.text_task import Columns, Recipe, TextTask
 from fmeta import metrics, report
+from fmeta.errors import UsageError
 
 _COSTS = ('steps', 'examples_per_second', 'flops_per_step', 'peak_bytes')
 
@@ -32,7 +33,15 @@ class Plan(NamedTuple):
 
 
 def train_rows(task: TextTask, plan: Plan) -> dict[str, tuple[float, list]]:
-  """Row -> (chosen rate, one result per seed)."""
+  """Row -> (chosen rate, one result per seed).
+
+  Raises:
+    UsageError: before anything is trained, if there is nothing to compare.
+  """
+  if plan.seeds < 1 or not plan.recipes:
+    raise UsageError(
+      f'{plan.seeds} seeds of {len(plan.recipes)} rows; give at least one each'
+    )
   out = {}
   for row, recipe in plan.recipes.items():
     name = f'{plan.name}/{row}'

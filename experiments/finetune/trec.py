@@ -16,7 +16,7 @@ number of steps:
 - chain_thaw: head, each block alone, all, slanted triangular.
 
 The fresh head moves `head_multiplier` times faster in every row. Every row
-chooses its rate from a grid of three on 500 held-out training questions; 5
+chooses its rate from a grid of five on 500 held-out training questions; 5
 seeds; intervals resample test questions of the seed-averaged correctness.
 Expected and measured: experiments/README.md.
 """
@@ -50,8 +50,8 @@ class Config:
   max_length: int = 32
   layers: int = 6
   head_multiplier: float = 10.0
-  rates_last: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-  rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+  rates_last: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+  rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 4e-4)
   search_examples: int = 1500
   validation_examples: int = 500
   train_examples: int | None = None
