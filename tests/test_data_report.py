@@ -298,18 +298,20 @@ def test_the_command_writes_the_folder_and_prints_the_table(
   assert 'Leakage from train into test' in capsys.readouterr().out
 
 
-def test_trec_repeats_ten_questions_across_its_splits(shared_data, tmp_path):
-  files = {}
-  for split in ('train', 'test'):
-    raw = (shared_data / 'trec' / f'TREC.{split}.all').read_text('latin-1')
-    files[split] = tmp_path / f'{split}.tsv'
-    rows = (line.split(' ', 1) for line in raw.splitlines())
-    files[split].write_text(''.join(f'{b}\t{a}\n' for a, b in rows), 'utf-8')
-  source = reading.from_files(files, '0', '1')
+def test_trec_repeats_ten_questions_across_its_splits(shared_data):
+  source = reading.NAMED['trec'](str(shared_data))
+  assert source.kind == 'text' and len(source.classes) == 6
   found = report.measure(source, report.Options(folds=0))
   train, test = (set(c['text']) for c in source.splits.values())
   assert len(train & test) == found['copies']['equal'][0][1] == 10
   assert found['copies']['near'][0][1] == 2
+
+
+def test_sst2_is_read_by_its_name(shared_data):
+  source = reading.NAMED['sst2'](str(shared_data))
+  sizes = {name: len(part['label']) for name, part in source.splits.items()}
+  assert sizes == {'train': 6920, 'validation': 872, 'test': 1821}
+  assert source.classes == ('negative', 'positive')
 
 
 def test_clinc150_repeats_texts_across_its_splits(shared_data):

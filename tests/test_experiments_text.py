@@ -7,6 +7,7 @@ import pytest
 
 from experiments import run as job
 from experiments.finetune import sst2_few, trec
+from experiments.finetune.text_table import Plan, compare
 from experiments.finetune.text_task import hold_out
 from fmeta.errors import UsageError
 
@@ -66,6 +67,12 @@ def test_an_unknown_row_is_one_line(module, tmp_path, capsys):
   assert execute(module, tmp_path / 'run', rows=('ful',)) == 2
   error = capsys.readouterr().err.strip()
   assert "'ful'" in error and '\n' not in error
+
+
+def test_no_seeds_end_before_anything_is_trained():
+  plan = Plan('none', {'full': None}, {}, lambda seed: {}, 0, 'full')
+  with pytest.raises(UsageError, match='0 seeds of 1 rows; give at least one'):
+    compare(None, plan, 'nothing?')  # Would fail at the first attribute.
 
 
 def test_a_held_out_split_is_disjoint_and_seeded():

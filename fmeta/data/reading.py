@@ -76,6 +76,18 @@ def _omniglot(data_dir: str | None) -> Source:
   return _kept('omniglot', splits, 'image', classes, 'alphabet')
 
 
+def _sst2(data_dir: str | None) -> Source:
+  from fmeta.datasets import sst2
+
+  return _kept('sst2', sst2.load(data_dir), 'text', sst2.LABELS)
+
+
+def _trec(data_dir: str | None) -> Source:
+  from fmeta.datasets import trec
+
+  return _kept('trec', trec.load(data_dir), 'text', trec.LABELS)
+
+
 # Data sets that need no more than their name.
 NAMED: Mapping[str, Callable[[str | None], Source]] = {
   'clinc150': _clinc150,
@@ -83,6 +95,8 @@ NAMED: Mapping[str, Callable[[str | None], Source]] = {
   'docparams': _docparams,
   'mnist': _mnist,
   'omniglot': _omniglot,
+  'sst2': _sst2,
+  'trec': _trec,
 }
 
 
