@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from fmeta import scores
 from fmeta.workdir import write_json
 
 RESULT = 'result.json'
@@ -33,6 +34,7 @@ OUTCOME = (
   'trainable_parameters',
   'total_parameters',
   'data_sha256',
+  'scores',
 )
 
 
@@ -49,7 +51,7 @@ def write(
     experiment: the run's name, `finetune/docparams`.
     outcome: what the experiment returned: `metrics` (name -> number) and any
       other of `OUTCOME`; what is absent is null, except `peak_bytes`, which
-      is then measured.
+      is then measured. `scores` (name -> `Scores`) go to `scores.npz`.
     wall_seconds: of this process, set-up and compilation included.
 
   Raises:
@@ -77,6 +79,8 @@ def write(
     'versions': versions(),
     'commit': commit(),
   }
+  if outcome.get('scores'):
+    scores.save(workdir, outcome['scores'])
   write_json(workdir / RESULT, result)
   return result
 

@@ -17,7 +17,7 @@ from experiments.fewshot import (
   omniglot_task,
   sinusoid_maml,
 )
-from fmeta import data
+from fmeta import data, scores
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
 from fmeta.models import forward
@@ -46,7 +46,7 @@ def small(name, folder, **more):
   result = json.loads((folder / 'result.json').read_text())
   assert result['experiment'] == f'fewshot/{name}'
   assert all(math.isfinite(value) for value in result['metrics'].values())
-  assert set(OUTCOME) <= set(result)
+  assert set(OUTCOME) - {'scores'} <= set(result)
   assert len(result['data_sha256']) == 64
   return result
 
@@ -112,6 +112,9 @@ def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   }
   assert all(0 <= value <= 1 for value in result['metrics'].values())
   assert (tmp_path / 'run' / 'fit' / 'metrics.jsonl').exists()
+  kept = scores.load(tmp_path / 'run')
+  means = {key: one.mean.mean for key, one in kept.items()}
+  assert means == pytest.approx(result['metrics'])
 
 
 def test_anil_leaves_the_body_where_it_is_in_the_inner_loop(

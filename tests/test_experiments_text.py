@@ -9,6 +9,7 @@ from experiments import run as job
 from experiments.finetune import sst2_few, trec
 from experiments.finetune.text_table import Plan, compare
 from experiments.finetune.text_task import hold_out
+from fmeta import scores
 from fmeta.errors import UsageError
 
 
@@ -28,6 +29,9 @@ def test_trec_compares_rows_in_pairs(shared_data, tiny_bert, tmp_path, capsys):
   result = json.loads((folder / 'result.json').read_text())
   numbers, ci95 = result['metrics'], result['ci95']
   difference = numbers['trec/ulmfit minus full']
+  kept = scores.load(folder)
+  paired = scores.minus(kept['trec/ulmfit'], kept['trec/full'])
+  assert paired == (difference, *ci95['trec/ulmfit minus full'])
   whole = numbers['trec/ulmfit'] - numbers['trec/full']
   np.testing.assert_allclose(difference, whole, atol=1e-12)
   low, high = ci95['trec/full']
@@ -60,6 +64,7 @@ def test_few_sentences_are_drawn_anew_by_seed(shared_data, tiny_bert, tmp_path):
   assert execute(sst2_few, folder, f'--data_dir={shared_data}', **small) == 0
   numbers = json.loads((folder / 'result.json').read_text())['metrics']
   assert 'sst2_32/both minus short' in numbers
+  assert sorted(scores.load(folder)) == ['sst2_32/both', 'sst2_32/short']
 
 
 @pytest.mark.parametrize('module', [trec, sst2_few])

@@ -24,6 +24,7 @@ from experiments.common import Seeds, fit_options
 from fmeta import data, draw, episodes, evaluate, train
 from fmeta.datasets import omniglot
 from fmeta.models import IMAGE, Conv4, forward, init
+from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 CHARACTERS = 1623
@@ -173,7 +174,14 @@ def run(config: Task, context: Context, method: Method) -> dict:
   )
   validation = held_out('validation', config.validation_episodes)
   fitted = fit(config, context, method, method.source(source), validation)
-  tested = test(method, fitted.params, held_out('test', config.test_episodes))
+  answers = test(method, fitted.params, held_out('test', config.test_episodes))
+  tested = {name: evaluate.summarize(right) for name, right in answers.items()}
+  report(tested)
+  data_sha256 = sha256(splits)
+  tested_on = (
+    f'{data_sha256}, {config.ways} ways, {config.shots} shots, '
+    f'{config.test_queries} queries'
+  )
   return {
     'metrics': {name: summary.mean for name, summary in tested.items()},
     'ci95': {name: summary.ci95 for name, summary in tested.items()},
@@ -183,14 +191,22 @@ def run(config: Task, context: Context, method: Method) -> dict:
     'peak_bytes': fitted.peak_bytes,
     'trainable_parameters': fmeta.tree.size(fitted.state.trainable),
     'total_parameters': fmeta.tree.size(fitted.params),
-    'data_sha256': data.fingerprint(
-      {
-        f'{split} {key}': column
-        for split, columns in splits.items()
-        for key, column in columns.items()
-      }
-    ),
+    'data_sha256': data_sha256,
+    'scores': {
+      name: Scores(right, tested_on) for name, right in answers.items()
+    },
   }
+
+
+def sha256(splits: dict[str, dict]) -> str:
+  """Of all images and labels, split by split."""
+  return data.fingerprint(
+    {
+      f'{split} {key}': column
+      for split, columns in splits.items()
+      for key, column in columns.items()
+    }
+  )
 
 
 def fit(config, context, method, source, validation):
@@ -224,8 +240,10 @@ def fit(config, context, method, source, validation):
   return fitted
 
 
-def test(method: Method, params: Any, held_out: episodes.EpisodeList) -> dict:
-  """Name -> summary over the same episodes, and prints them."""
+def test(
+  method: Method, params: Any, held_out: episodes.EpisodeList
+) -> dict[str, np.ndarray]:
+  """Name -> accuracy of each episode, of the same ones."""
   judged = {
     'accuracy_transductive': (method.predict, held_out.__getitem__),
     'accuracy_support_statistics': (
@@ -237,11 +255,14 @@ def test(method: Method, params: Any, held_out: episodes.EpisodeList) -> dict:
       lambda i: episodes.shuffle_support_labels(held_out[i], 0),
     ),
   }
-  tested = {}
-  for name, (how, source) in judged.items():
-    right = evaluate.evaluate_episodes(how, params, source, len(held_out) * 10)
-    tested[name] = evaluate.summarize(right)
-    mean, (low, high), num = tested[name]
+  return {
+    name: evaluate.evaluate_episodes(how, params, source, len(held_out) * 10)
+    for name, (how, source) in judged.items()
+  }
+
+
+def report(tested: dict[str, evaluate.Summary]) -> None:
+  """Prints accuracies."""
+  for name, (mean, (low, high), num) in tested.items():
     half = 100 * (high - low) / 2
     print(f'{name}: {100 * mean:.2f} +- {half:.2f} % ({num} episodes)')
-  return tested

@@ -29,6 +29,7 @@ from fmeta import data, metrics, tree
 from fmeta.datasets import docparams
 from fmeta.pretrained import MINILM
 from fmeta.report import Panel, Row, bars, terminal_table
+from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 REFERENCE = 'TF-IDF + linear SVM'
@@ -93,7 +94,7 @@ def trained_rows(bench: Bench) -> dict[str, tuple[str, list[dict]]]:
   return out
 
 
-class Scores:
+class Numbers:
   """Intervals over test files, kept by name for `result.json`."""
 
   def __init__(self, bench: Bench, correct: dict[str, np.ndarray]):
@@ -132,17 +133,17 @@ class Scores:
     return float(value)
 
 
-def row_of(scores: Scores, name: str, setting: str, runs: list[dict]) -> Row:
+def row_of(kept: Numbers, name: str, setting: str, runs: list[dict]) -> Row:
   """A line of the table; baselines have no runs."""
-  interval = scores.accuracy(name)
-  difference = scores.difference(name, REFERENCE)
+  interval = kept.accuracy(name)
+  difference = kept.difference(name, REFERENCE)
   cost = {}
   if runs:
-    scores.difference(name, 'probe')
+    kept.difference(name, 'probe')
     cost = {
       'trainable': runs[0]['trainable'],
       'seconds': float(np.mean([run['seconds'] for run in runs])),
-      'more': {'macro F1': scores.macro_f1(name, runs)},
+      'more': {'macro F1': kept.macro_f1(name, runs)},
     }
   return Row(
     name,
@@ -185,12 +186,10 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
   correct = {name: right[None] for name, (right, _) in baseline.items()}
   for name, (_, runs) in trained.items():
     correct[name] = np.array([run['correct'] for run in runs])
-  scores = Scores(bench, correct)
-  rows = [
-    row_of(scores, n, setting, []) for n, (_, setting) in baseline.items()
-  ]
+  kept = Numbers(bench, correct)
+  rows = [row_of(kept, n, setting, []) for n, (_, setting) in baseline.items()]
   rows += [
-    row_of(scores, n, *setting_runs) for n, setting_runs in trained.items()
+    row_of(kept, n, *setting_runs) for n, setting_runs in trained.items()
   ]
   total = tree.size(bench.params)
   shown = Panel(
@@ -202,15 +201,20 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
     reference=REFERENCE,
     total=total,
   )
+  tested_on = data.fingerprint(bench.splits['test'])
   last = list(trained.values())[-1][1][0]
   cost = ('steps', 'examples_per_second', 'flops_per_step', 'peak_bytes')
   outcome = {
-    'metrics': scores.metrics,
-    'ci95': scores.ci95,
+    'metrics': kept.metrics,
+    'ci95': kept.ci95,
     **{key: last[key] for key in cost},
     'trainable_parameters': last['trainable'],
     'total_parameters': total,
     'data_sha256': data_sha256(bench),
+    'scores': {
+      f'finetune/{name}': Scores(right, tested_on, bench.groups)
+      for name, right in correct.items()
+    },
   }
   return shown, outcome
 

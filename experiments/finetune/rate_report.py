@@ -1,5 +1,6 @@
 """What `learned_rates.py` says in the end: a table, intervals, the rates."""
 
+import itertools
 import json
 
 import jax
@@ -113,14 +114,14 @@ def note_of(tasks: Tasks) -> str:
 
 
 def verdict(outcome: dict) -> str:
-  """The two differences that the experiment is about, by both units."""
+  """The differences that the experiment is about, by both units."""
   lines = []
-  for other in (UNIFORM, DECAY):
-    for unit in ('', ', by seed'):
-      key = f'{LEARNED} minus {other}{unit}'
-      low, high = (100 * end for end in outcome['ci95'][key])
-      value = 100 * outcome['metrics'][key]
-      lines.append(f'{key}: {value:+.2f} [{low:+.2f}, {high:+.2f}] points')
+  pairs = itertools.product((LEARNED, FEW), (UNIFORM, DECAY), ('', ', by seed'))
+  for row, other, unit in pairs:
+    key = f'{row} minus {other}{unit}'
+    low, high = (100 * end for end in outcome['ci95'][key])
+    value = 100 * outcome['metrics'][key]
+    lines.append(f'{key}: {value:+.2f} [{low:+.2f}, {high:+.2f}] points')
   return '\n'.join(lines)
 
 

@@ -110,7 +110,7 @@ def run(config: Config, context: Context) -> dict:
   splits['test'] = data.take(splits['test'], slice(config.test_examples))
   task = open_task(config, context, splits, len(sst2.LABELS))
   train = task.splits['train']
-  outcome = {'metrics': {}, 'ci95': {}}
+  outcome = {'metrics': {}, 'ci95': {}, 'scores': {}}
   for size, epochs in zip(config.sizes, config.long_epochs, strict=True):
     if not 0 < size <= len(train['label']):
       raise fmeta.UsageError(
@@ -126,10 +126,11 @@ def run(config: Config, context: Context) -> dict:
     search = drawn(config.seeds)
     plan = Plan(f'sst2_{size}', recipes, search, drawn, config.seeds, 'short')
     made = compare(task, plan, f'What helps with {size} sentences?')
-    metrics = {**outcome['metrics'], **made['metrics']}
     outcome = {
       **made,
-      'metrics': metrics,
-      'ci95': {**outcome['ci95'], **made['ci95']},
+      **{
+        key: {**outcome[key], **made[key]}
+        for key in ('metrics', 'ci95', 'scores')
+      },
     }
   return outcome

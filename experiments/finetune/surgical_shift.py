@@ -35,6 +35,7 @@ from experiments.finetune import shift_trials, shifts
 from experiments.finetune.shift_trials import BLOCKS, NONE, open_bench
 from fmeta import metrics, tree
 from fmeta.errors import UsageError, suggest
+from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 AUTO = 'auto'
@@ -155,14 +156,30 @@ def line(name: str, found: dict) -> str:
   return f'{name:<15} {cells}  best {best}, auto {picks}'
 
 
+def tested_on(bench: shift_trials.Bench, name: str) -> str:
+  """Names the test images of all seeds under a shift."""
+  config = bench.config
+  first = config.tune_examples + config.validation_examples
+  return (
+    f'{name} of {bench.data_sha256}, images {first} to '
+    f'{first + config.test_examples} of seeds {config.seed.data} to '
+    f'{config.seed.data + config.seeds - 1}'
+  )
+
+
 def run(config: Config, context: Context) -> dict:
   """Trains every row under every shift and prints a table."""
   check(config)
   path = checkpoint_of(config, context)
   bench = open_bench(config, context, path)
-  means, ci95, hits = {}, {}, []
+  means, ci95, kept, hits = {}, {}, {}, []
   for name in config.shifts:
-    found = summary(config, shift_trials.measure(bench, name))
+    measured = shift_trials.measure(bench, name)
+    found = summary(config, measured)
+    kept |= {
+      f'{name}/{row}': Scores(right.ravel(), tested_on(bench, name))
+      for row, right in measured['rows'].items()
+    }
     print(line(name, found), flush=True)
     intervals = {f'{name}/{row}': i for row, i in found['found'].items()}
     if found['lead']:
@@ -178,6 +195,7 @@ def run(config: Config, context: Context) -> dict:
   return {
     'metrics': means,
     'ci95': ci95,
+    'scores': kept,
     'total_parameters': tree.size(bench.params),
     'data_sha256': bench.data_sha256,
   }

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.finetune.text_task import Columns, Recipe, TextTask
-from fmeta import metrics, report
+from fmeta import data, metrics, report
 from fmeta.errors import UsageError
+from fmeta.scores import Scores
 
 _COSTS = ('steps', 'examples_per_second', 'flops_per_step', 'peak_bytes')
 
@@ -96,10 +97,15 @@ def compare(
   reference = plan.reference if plan.reference in correct else None
   shown = report.Panel(plan.name, question, rows, note, reference=reference)
   print(report.terminal_table(shown), flush=True)
+  tested_on = data.fingerprint(task.splits['test'])
   last = list(trained.values())[-1][1][0]
   return {
     'metrics': numbers,
     'ci95': ci95,
     **{key: last[key] for key in _COSTS},
     'trainable_parameters': last['trainable'],
+    'scores': {
+      f'{plan.name}/{row}': Scores(right, tested_on)
+      for row, right in correct.items()
+    },
   }
