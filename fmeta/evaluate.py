@@ -16,7 +16,7 @@ from fmeta import metrics
 from fmeta.errors import UsageError
 from fmeta.types import Array, Batch, Forward, ModelState, Params
 
-# (params, episode batch, rng) -> query logits [tasks, queries, ways]
+# (params, episode batch, rng) -> query logits [tasks, ..., queries, ways]
 PredictEpisode = Callable[[Params, Batch, Array | None], Array]
 
 
@@ -49,9 +49,48 @@ class Predictions(NamedTuple):
   @property
   def probabilities(self) -> np.ndarray:
     """Softmax of the logits, float64 [N, C]."""
-    shifted = self.logits.astype(np.float64)
-    shifted = np.exp(shifted - shifted.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
+    return _softmax(self.logits)
+
+
+class Answers(NamedTuple):
+  """What was said about the queries of `num` episodes.
+
+  Attributes:
+    logits: [num, Q, ways], or [num, K, Q, ways] after K numbers of steps.
+    labels: [num, Q].
+    weight: [num, Q], zero for padding.
+  """
+
+  logits: np.ndarray
+  labels: np.ndarray
+  weight: np.ndarray
+
+  @property
+  def accuracies(self) -> np.ndarray:
+    """Of each episode, float64 [num] or [num, K]."""
+    # Queries before steps, so that labels and weights lie beside them.
+    classes = np.moveaxis(self.logits.argmax(-1), -1, 1)
+    more = (...,) + (None,) * (classes.ndim - 2)
+    right, weight = classes == self.labels[more], self.weight[more]
+    return (right * weight).sum(1) / weight.sum(1)
+
+  @property
+  def calibration_error(self) -> float | np.ndarray:
+    """`metrics.expected_calibration_error` over all queries, for each of K."""
+    if self.logits.ndim == 4:
+      steps = np.moveaxis(self.logits, 1, 0)
+      found = [self._replace(logits=step).calibration_error for step in steps]
+      return np.array(found)
+    kept = self.weight > 0
+    return metrics.expected_calibration_error(
+      _softmax(self.logits[kept]), self.labels[kept]
+    )
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+  shifted = logits.astype(np.float64)
+  shifted = np.exp(shifted - shifted.max(-1, keepdims=True))
+  return shifted / shifted.sum(-1, keepdims=True)
 
 
 class Summary(NamedTuple):
@@ -148,11 +187,26 @@ def evaluate_episodes(
 ) -> np.ndarray:
   """Query accuracy of each of the first `num` episodes, float64 [num].
 
-  Queries of weight zero (padding) do not count.
+  Queries of weight zero (padding) do not count. Arguments are those of
+  `answer_episodes`, which keeps the logits.
+  """
+  return answer_episodes(predict_fn, params, episodes, num, rng=rng).accuracies
+
+
+def answer_episodes(
+  predict_fn: PredictEpisode,
+  params: Params,
+  episodes: Callable[[int], Batch],
+  num: int,
+  *,
+  rng: Array | None = None,
+) -> Answers:
+  """Query logits, labels and weights of the first `num` episodes.
 
   Args:
-    predict_fn: `(params, episode batch, rng) -> logits [tasks, Q, ways]`,
-      adapted to the support set; jitted here, so it must be pure.
+    predict_fn: `(params, episode batch, rng) -> logits [tasks, Q, ways]` (or
+      [tasks, K, Q, ways], see `fewshot.predict_by_step`), adapted to the
+      support set; jitted here, so it must be pure.
     params: what it adapts from, an argument of the compiled program.
     episodes: `i -> {'support', 'query'}`, leaves [tasks, examples, ...]; when
       `tasks` does not divide `num`, the surplus is computed and dropped.
@@ -164,26 +218,25 @@ def evaluate_episodes(
   """
   if num < 1:
     raise UsageError(f'num={num} episodes; give at least 1')
-  rights, done, index = [], 0, 0
+  answers, done, index = [], 0, 0
   while done < num:
     episode = episodes(index)
     key = None if rng is None else jax.random.fold_in(rng, index)
     labels = np.asarray(episode['query']['label'])
     logits = _episode_logits(predict_fn, params, episode, key)
-    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+    queries = logits.shape[:1] + logits.shape[-2:-1]
+    if logits.ndim not in (3, 4) or queries != labels.shape:
       raise UsageError(
         f'predict_fn gave {logits.shape} for query labels {labels.shape}; '
         'it gives logits [tasks, queries, ways]'
       )
     weight = episode['query'].get('weight', np.ones(labels.shape))
     weight = np.asarray(weight, np.float64)
-    rights.append((logits, labels, weight))
+    answers.append((logits, labels, weight))
     done, index = done + len(labels), index + 1
-  per_batch = [
-    np.average(_to_host(logits).argmax(-1) == labels, -1, weight)
-    for logits, labels, weight in rights
-  ]
-  return np.concatenate(per_batch)[:num]
+  # Fetched after the loop so that the device never waits for the host.
+  fetched = [(_to_host(out), *rest) for out, *rest in answers]
+  return Answers(*(np.concatenate(x)[:num] for x in zip(*fetched, strict=True)))
 
 
 def summarize(values: np.ndarray) -> Summary:

@@ -46,7 +46,7 @@ def in_chunks(size: int) -> Over:
   return over
 
 
-def _split_hyper(inner: Inner, params: Params) -> tuple[Learner, Params]:
+def inner_learner(inner: Inner, params: Params) -> tuple[Learner, Params]:
   """The inner learner and where it starts; `hyper` is part of `params`."""
   if isinstance(inner, Learner):
     return inner, params
@@ -54,7 +54,7 @@ def _split_hyper(inner: Inner, params: Params) -> tuple[Learner, Params]:
 
 
 def _adapted(inner, num_steps, params, model_state, support, rng):
-  learner, start = _split_hyper(inner, params)
+  learner, start = inner_learner(inner, params)
   # One key for all episodes: what a tuning adds is born the same everywhere.
   state = learner.init(start, jax.random.key(INIT), model_state)
   rng = jax.random.fold_in(rng, ADAPT)

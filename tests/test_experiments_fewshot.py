@@ -105,16 +105,26 @@ def test_sinusoid_tasks_have_the_stated_amplitude_and_phase():
 )
 def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   result = small(name, tmp_path / 'run')
-  assert set(result['metrics']) == {
+  numbers = result['metrics']
+  by_step = {key for key in numbers if key.startswith('accuracy_after_')}
+  assert set(numbers) - by_step == {
     'accuracy_transductive',
     'accuracy_support_statistics',
     'accuracy_shuffled_labels',
+    'calibration_error',
   }
-  assert all(0 <= value <= 1 for value in result['metrics'].values())
+  assert all(0 <= value <= 1 for value in numbers.values())
+  adapts = name != 'omniglot_protonet'
+  assert len(by_step) == 11 * adapts
+  assert (tmp_path / 'run' / 'steps.png').exists() == adapts
+  if name == 'omniglot_maml':  # Tested after three steps.
+    expected = numbers['accuracy_transductive']
+    assert numbers['accuracy_after_3'] == pytest.approx(expected, abs=0.02)
   assert (tmp_path / 'run' / 'fit' / 'metrics.jsonl').exists()
   kept = scores.load(tmp_path / 'run')
   means = {key: one.mean.mean for key, one in kept.items()}
-  assert means == pytest.approx(result['metrics'])
+  assert means == pytest.approx({key: numbers[key] for key in means})
+  assert len(means) == 3
 
 
 def test_anil_leaves_the_body_where_it_is_in_the_inner_loop(

@@ -15,7 +15,7 @@ import jax
 
 import fmeta
 from experiments.fewshot import omniglot_task
-from fmeta import optim
+from fmeta import fewshot, optim
 from fmeta.models import IMAGE, Conv4, forward
 from fmeta.workdir import Context
 
@@ -50,6 +50,7 @@ def method(config: Config, tuning: fmeta.Tuning) -> omniglot_task.Method:
     fmeta.predict_episodes(inner, model, config.test_steps),
     fmeta.predict_episodes(inner, alone, config.test_steps),
     train_ways=config.ways,
+    by_step=fewshot.predict_by_step(inner, model, config.curve_steps),
   )
 
 

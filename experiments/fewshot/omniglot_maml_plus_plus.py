@@ -68,6 +68,7 @@ def method(config: Config) -> omniglot_task.Method:
     fmeta.predict_episodes(inner, model, steps),
     fmeta.predict_episodes(inner, alone, steps),
     train_ways=config.ways,
+    by_step=fewshot.predict_by_step(inner, model, config.curve_steps),
     source=lambda batches: fewshot.with_step_weights(batches, weights),
   )
 

@@ -24,6 +24,7 @@ from experiments.common import Seeds, fit_options
 from fmeta import data, draw, episodes, evaluate, train
 from fmeta.datasets import omniglot
 from fmeta.models import IMAGE, Conv4, forward, init
+from fmeta.report import Line, curves
 from fmeta.scores import Scores
 from fmeta.workdir import Context
 
@@ -51,6 +52,7 @@ class Task:
   validation_episodes: int = 100
   test_episodes: int = 600
   test_queries: int = 5
+  curve_steps: int = 10  # of the picture of accuracy by inner steps
 
 
 SMALL = {
@@ -75,6 +77,7 @@ class Method(NamedTuple):
     predict: for `evaluate_episodes`, by the statistics of the query batch.
     predict_alone: the same by those of the support, see `by_support`.
     train_ways: classes per training task.
+    by_step: `predict` after 0 to `curve_steps` inner steps; None: has none.
     source: wraps the training meta-batches, `(i -> batch) -> (i -> batch)`.
   """
 
@@ -83,6 +86,7 @@ class Method(NamedTuple):
   predict: Callable
   predict_alone: Callable
   train_ways: int
+  by_step: Callable | None = None
   source: Callable = lambda batches: batches
 
 
@@ -174,16 +178,22 @@ def run(config: Task, context: Context, method: Method) -> dict:
   )
   validation = held_out('validation', config.validation_episodes)
   fitted = fit(config, context, method, method.source(source), validation)
-  answers = test(method, fitted.params, held_out('test', config.test_episodes))
+  unseen = held_out('test', config.test_episodes)
+  answers, error = test(method, fitted.params, unseen)
   tested = {name: evaluate.summarize(right) for name, right in answers.items()}
   report(tested)
+  print(f'calibration error (transductive): {100 * error:.2f} %')
+  numbers = {name: summary.mean for name, summary in tested.items()}
+  numbers['calibration_error'] = error
+  if method.by_step:
+    numbers |= curve(method, fitted.params, unseen, context)
   data_sha256 = sha256(splits)
   tested_on = (
     f'{data_sha256}, {config.ways} ways, {config.shots} shots, '
     f'{config.test_queries} queries'
   )
   return {
-    'metrics': {name: summary.mean for name, summary in tested.items()},
+    'metrics': numbers,
     'ci95': {name: summary.ci95 for name, summary in tested.items()},
     'steps': fitted.steps,
     'examples_per_second': fitted.examples_per_second,
@@ -242,8 +252,8 @@ def fit(config, context, method, source, validation):
 
 def test(
   method: Method, params: Any, held_out: episodes.EpisodeList
-) -> dict[str, np.ndarray]:
-  """Name -> accuracy of each episode, of the same ones."""
+) -> tuple[dict[str, np.ndarray], float]:
+  """Name -> accuracy of each episode; the first's calibration error."""
   judged = {
     'accuracy_transductive': (method.predict, held_out.__getitem__),
     'accuracy_support_statistics': (
@@ -255,10 +265,32 @@ def test(
       lambda i: episodes.shuffle_support_labels(held_out[i], 0),
     ),
   }
-  return {
-    name: evaluate.evaluate_episodes(how, params, source, len(held_out) * 10)
+  found = {
+    name: evaluate.answer_episodes(how, params, source, len(held_out) * 10)
     for name, (how, source) in judged.items()
   }
+  error = found['accuracy_transductive'].calibration_error
+  return {name: answers.accuracies for name, answers in found.items()}, error
+
+
+def curve(
+  method: Method, params: Any, held_out: episodes.EpisodeList, context: Context
+) -> dict[str, float]:
+  """Accuracy after each number of inner steps; draws `steps.png`."""
+  right = evaluate.answer_episodes(
+    method.by_step, params, held_out.__getitem__, len(held_out) * 10
+  ).accuracies
+  found = [evaluate.summarize(values) for values in right.T]
+  line = Line(
+    'transductive',
+    range(len(found)),
+    [one.mean for one in found],
+    [one.ci95 for one in found],
+  )
+  picture = curves([line], xlabel='inner steps')
+  (context.workdir / 'steps.png').write_bytes(picture.png)
+  print('accuracy by inner steps:', *(f'{100 * one.mean:.2f}' for one in found))
+  return {f'accuracy_after_{k}': one.mean for k, one in enumerate(found)}
 
 
 def report(tested: dict[str, evaluate.Summary]) -> None:

@@ -7,6 +7,7 @@ BOIL are an inner `tuning=select('head/.*')` or `select('body/.*')`, Meta-SGD
 is `optim.learned_rates`.
 """
 
+from fmeta.fewshot.by_step import predict_by_step
 from fmeta.fewshot.cosine import cosine_classifier
 from fmeta.fewshot.domains import from_domains
 from fmeta.fewshot.episode_losses import (
@@ -74,6 +75,7 @@ __all__ = (
   'meta_curvature',
   'multi_step_loss',
   'of_model',
+  'predict_by_step',
   'predict_fine_tuned',
   'predict_from',
   'predict_head',

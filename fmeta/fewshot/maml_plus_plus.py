@@ -20,8 +20,8 @@ import optax
 from fmeta import tree
 from fmeta.errors import UsageError, suggest
 from fmeta.learner import adapt
-from fmeta.meta import ADAPT, INIT, QUERY, Inner, Over, per_task
-from fmeta.types import Array, Aux, Batch, Learner, LossFn, Params
+from fmeta.meta import ADAPT, INIT, QUERY, Inner, Over, inner_learner, per_task
+from fmeta.types import Array, Aux, Batch, LossFn, Params
 
 
 class StepRatesState(NamedTuple):
@@ -144,12 +144,6 @@ def with_step_weights(
   return source
 
 
-def _learner(inner: Inner, params: Params) -> tuple[Learner, Params]:
-  if isinstance(inner, Learner):
-    return inner, params
-  return inner(params['hyper']), params['model']
-
-
 def multi_step_loss(
   inner: Inner, loss_fn: LossFn, num_steps: int, *, over: Over = jax.vmap
 ) -> LossFn:
@@ -182,7 +176,7 @@ def multi_step_loss(
     _check_step_weight(batch, num_steps)
 
     def one(episode, key):
-      learner, start = _learner(inner, params)
+      learner, start = inner_learner(inner, params)
       asked = None if rng is None else jax.random.fold_in(key, QUERY)
 
       def query(state, aux):
