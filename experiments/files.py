@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import pathlib
 import sys
 from types import ModuleType
@@ -49,11 +48,11 @@ def load(source: pathlib.Path) -> ModuleType:
     module = importlib.import_module('.'.join(parts))
   else:
     name = f'experiment_{source.stem}'
-    spec = importlib.util.spec_from_file_location(name, source)
-    assert spec and spec.loader  # A .py file has both.
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(source)
     sys.modules[name] = module  # Dataclass annotations are resolved there.
-    spec.loader.exec_module(module)
+    # Not through a loader, which would leave bytecode in a workdir.
+    exec(compile(source.read_bytes(), source, 'exec'), vars(module))
   for needed in ('Config', 'run'):
     if not hasattr(module, needed):
       raise UsageError(

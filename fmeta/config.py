@@ -6,6 +6,7 @@ exit 0 when the file is missing, shows a traceback for an unknown field, and
 wants `--config` before every `--config.field` (measured, 1.1.0, 2026-11).
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -261,6 +262,10 @@ def freeze(config: C) -> C:
   return config
 
 
+def _again(cls: type, fields: dict) -> Any:
+  return freeze(cls(**fields))
+
+
 @functools.cache
 def _frozen(cls: type) -> type:
   """A subclass of the same layout that can only be read."""
@@ -282,6 +287,9 @@ def _frozen(cls: type) -> type:
       '__new__': lambda _, *args, **kwargs: cls(*args, **kwargs),
       '__setattr__': refuse,
       '__delattr__': refuse,
+      # A process started anew knows the class of the file, not this one.
+      '__reduce__': lambda self: (_again, (cls, dict(vars(self)))),
+      '__deepcopy__': lambda self, memo: cls(**copy.deepcopy(vars(self), memo)),
       '_frozen': True,
     },
   )

@@ -94,6 +94,10 @@ def check_patterns(patterns: Iterable[str], leaf_names: Sequence[str]) -> None:
     UsageError: naming the pattern and what names look like.
   """
   for pattern in patterns:
+    if not isinstance(pattern, str):
+      raise UsageError(
+        f'{pattern!r} is no pattern; give regular expressions of names'
+      )
     try:
       compiled = re.compile(pattern)
     except re.error as error:

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from experiments.benchmarks import finetune
 from experiments.benchmarks.paired import Contender, compare, ratio_of
 from fmeta.errors import UsageError
 
@@ -71,10 +72,46 @@ def test_a_contender_that_dies_gives_its_exit_status():
 # peft reads a name that transformers is about to rename.
 @pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing')
 def test_both_sides_of_the_fine_tuning_benchmark_run():
-  from experiments.benchmarks import finetune
-
   config = finetune.Config(batch_size=2, max_length=8, batches=1)
-  batches = finetune.texts(config)
+  batches = finetune.batches_of(finetune.texts(config), config, 'fixed')
   for row in finetune.ROWS:
     for make in (finetune.make_fmeta, finetune.make_torch):
       make(row, config, batches)(1)
+
+
+def test_all_ways_to_make_batches_hold_the_same_texts():
+  config = finetune.Config(batch_size=4, max_length=40, batches=3)
+  columns = finetune.texts(config)
+  seen, widths = {}, {}
+  for how in ('fixed', 'longest', 'grouped', 'bucketed'):
+    made = finetune.batches_of(columns, config, how)
+    widths[how] = sum(batch['input_ids'].shape[1] for batch in made)
+    seen[how] = sorted(
+      (tuple(ids[mask == 1]), label)
+      for batch in made
+      for ids, mask, label in zip(
+        batch['input_ids'],
+        batch['attention_mask'],
+        batch['label'],
+        strict=True,
+      )
+    )
+  assert widths['fixed'] == 3 * 40
+  assert widths['grouped'] <= widths['longest'] <= widths['fixed']
+  assert all(rows == seen['fixed'] for rows in seen.values())
+
+
+def test_packed_steps_see_the_texts_of_the_padded_ones():
+  config = finetune.Config(batch_size=4, max_length=40, batches=3)
+  columns = finetune.texts(config)
+  padded = finetune.batches_of(columns, config, 'longest')
+  packed = finetune.batches_of(columns, config, 'packed')
+  for ours, theirs in zip(packed, padded, strict=True):
+    lengths = theirs['attention_mask'].sum(1)
+    np.testing.assert_array_equal(ours['length'], lengths)
+    np.testing.assert_array_equal(ours['label'], theirs['label'])
+    for index, length in enumerate(lengths):
+      own = ours['input_ids'][ours['text_ids'] == index]
+      np.testing.assert_array_equal(own, theirs['input_ids'][index, :length])
+  share = finetune.filled(packed)
+  assert share > finetune.filled(padded)

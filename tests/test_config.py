@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import pickle
 from typing import Literal
 
 import pytest
@@ -171,3 +172,12 @@ def test_a_slotted_dataclass_freezes_too():
   config = settings.freeze(Small())
   with pytest.raises(dataclasses.FrozenInstanceError):
     config.steps = 2
+
+
+def test_a_frozen_config_travels_to_another_process_and_stays_frozen():
+  config = settings.freeze(Config(steps=7))
+  again = pickle.loads(pickle.dumps(config))
+  assert again == config
+  for part in (again, again.optim):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      part.lr = 3.0

@@ -117,8 +117,6 @@ ROWS = {
 }
 # Compiling for eight devices is slow: those whose data flow is special.
 ON_A_MESH = (
-  'full adamw',
-  'lora',
   'accumulate',
   'rehearse',
   'ema mixout sam',

@@ -51,6 +51,7 @@ def test_first_match_wins_and_matches_whole_names():
     ([('haed/k', 1), ('.*', 0)], "no parameter matches 'haed/k'; did you"),
     ([('head/.*', 1)], "no pattern gives 'body/k' a value"),
     ([('head/(', 1)], 'is not a regular expression'),
+    ([(3, 1)], '3 is no pattern'),
   ],
 )
 def test_bad_patterns_are_refused_in_one_line(patterns, message):

@@ -53,8 +53,8 @@ class TextTask:
   seed: Seeds
   context: Context
   forward: fmeta.Forward
-  # By identity of the recipe.
-  programs: dict[int, list[train.Program]] = dataclasses.field(
+  # By identity of the recipe, which is kept so that its id is not reused.
+  programs: dict[int, tuple[Recipe, list[train.Program]]] = dataclasses.field(
     default_factory=dict
   )
 
@@ -100,11 +100,12 @@ class TextTask:
 
       # Rate and length live in the state.
       optimizer = optax.inject_hyperparams(adamw)(rate=0.0, num_steps=1.0)
-      self.programs[id(recipe)] = [
+      made = [
         train.Program(fmeta.finetune(loss, optimizer, tuning=phase.tuning))
         for phase in phases
       ]
-    return self.programs[id(recipe)]
+      self.programs[id(recipe)] = recipe, made
+    return self.programs[id(recipe)][1]
 
   def correct(self, params: Any, split: str) -> np.ndarray:
     """Which texts of a split the model gets right, in their order."""

@@ -75,8 +75,9 @@ def vera_init(
 
 def _change(kernel, leaves, frozen) -> Change:
   rows, columns = kernel.shape
-  a = tree.get(frozen, SHARED_A)[:rows] * leaves[D][None]
-  return Change(a, tree.get(frozen, SHARED_B)[:, :columns] * leaves[B][None])
+  # Both vectors beside B: the inputs are then not kept for the backward pass.
+  b = leaves[D][:, None] * tree.get(frozen, SHARED_B)[:, :columns]
+  return Change(tree.get(frozen, SHARED_A)[:rows], b * leaves[B][None])
 
 
 def vera(*patterns: str, rank: int = 256, also: tuple[str, ...] = ()) -> Tuning:

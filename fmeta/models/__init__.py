@@ -29,6 +29,7 @@ __all__ = [
   'Mlp',
   'ResNet',
   'TEXT',
+  'PACKED_TEXT',
   'IMAGE',
   'forward',
   'init',
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 TEXT = ('input_ids', 'attention_mask')
+PACKED_TEXT = ('input_ids', 'text_ids', 'position_ids', 'length')
 IMAGE = ('image',)
 
 

@@ -14,18 +14,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fmeta.errors import UsageError
+from fmeta.models.attention import additive_mask, packed_mask
 from fmeta.models.bert_layers import (
   BertConfig,
   Embeddings,
   Layer,
   Masks,
-  additive_mask,
   dense,
 )
 from fmeta.models.dropout import drop, keep, linear_decay, path_scales
+from fmeta.models.pooling import POOLINGS, pool, pool_packed
 from fmeta.types import Array
-
-POOLINGS = ('mean', 'cls')
 
 
 class Body(nn.Module):
@@ -40,33 +39,41 @@ class Body(nn.Module):
       setattr(self, f'layer_{k}', Layer(self.config))
 
   def embed(
-    self, input_ids: Array, token_type_ids: Array | None, deterministic: bool
+    self,
+    input_ids: Array,
+    token_type_ids: Array | None,
+    deterministic: bool,
+    position_ids: Array | None = None,
   ) -> Array:
     """[B, L] -> [B, P + L, H], the state before layer 0 (see `prompt`)."""
     rows, length = input_ids.shape
     shape = (rows, self.prompt_length() + length, self.config.hidden_size)
     mask = self._mask(self.config.dropout, shape, deterministic)
     prompt = self.embeddings.prompt()
-    return self.embeddings(input_ids, token_type_ids, prompt, mask)
+    return self.embeddings(
+      input_ids, token_type_ids, prompt, mask, position_ids
+    )
 
   def prompt_length(self) -> int:
     """How many states stand before those of a row's own tokens."""
     prompt = self.embeddings.prompt()
     return 0 if prompt is None else len(prompt)
 
+  def seen(self, attention_mask: Array) -> Array:
+    """The additive mask of rows [B, L]; a prompt is never padding."""
+    before = ((0, 0), (self.prompt_length(), 0))
+    return additive_mask(jnp.pad(attention_mask, before, constant_values=1))
+
   def layers(
     self,
     hidden: Array,
-    attention_mask: Array,
+    bias: Array,
     first: int,
     last: int,
     deterministic: bool,
   ) -> list[Array]:
     """States before layer `first` and after each one up to `last - 1`."""
-    # A prompt is never padding.
-    before = ((0, 0), (self.prompt_length(), 0))
-    seen = jnp.pad(attention_mask, before, constant_values=1)
-    bias, states = additive_mask(seen), [hidden]
+    states = [hidden]
     if first == last:  # No layer, no mask to draw.
       return states
     masks = self._masks(hidden.shape, first, last, deterministic)
@@ -103,16 +110,6 @@ class Body(nn.Module):
       Masks(row(attention, k), row(outputs, k), row(paths, k))
       for k in range(count)
     ]
-
-
-def pool(hidden: Array, attention_mask: Array, pooling: str) -> Array:
-  """[B, L, H] -> [B, H]: mean over the tokens seen, or the first token."""
-  if pooling == 'cls':
-    return hidden[:, 0]
-  weights = attention_mask.astype(hidden.dtype)[:, :, None]
-  # A padding row has no token: its mean is 0, not 0/0.
-  count = jnp.maximum(weights.sum(1), 1)
-  return (hidden * weights).sum(1) / count
 
 
 class BertClassifier(nn.Module):
@@ -164,12 +161,47 @@ class BertClassifier(nn.Module):
   ) -> Array:
     """The rest of `__call__` from the state that enters `first_layer`."""
     pooled = self._pooled(hidden, attention_mask, first_layer, deterministic)
-    if not self.num_classes:
-      return pooled
-    rate, mask = self.config.dropout, None
-    if rate and not deterministic:
-      mask = keep(self.make_rng('dropout'), rate, pooled.shape)
-    return self.head(drop(pooled, mask, rate))
+    return self._logits(pooled, deterministic)
+
+  def packed(
+    self,
+    input_ids: Array,
+    text_ids: Array,
+    position_ids: Array,
+    length: Array,
+    *,
+    deterministic: bool = True,
+  ) -> Array:
+    """`__call__` on rows that hold several texts each: [B, classes].
+
+    What padding costs is what a row has left; the numbers are those of the
+    padded batch. `fmeta.packing.pack_collate` makes such batches.
+
+    Args:
+      input_ids: [R, L].
+      text_ids: [R, L], which of the B texts a token belongs to, -1 for none.
+      position_ids: [R, L], where the token stands in its text.
+      length: [B], tokens of each text.
+      deterministic: without dropout.
+
+    Raises:
+      UsageError: with a prompt or stochastic depth, which act on whole rows.
+    """
+    if self.body.prompt_length():
+      raise UsageError(
+        'a prompt stands before a row, and a packed row has several texts; '
+        'train prompts on padded batches'
+      )
+    if self.config.stochastic_depth and not deterministic:
+      raise UsageError(
+        'stochastic depth drops whole rows, and a packed row has several '
+        'texts; set stochastic_depth=0 or use padded batches'
+      )
+    hidden = self.body.embed(input_ids, None, deterministic, position_ids)
+    bias, last = packed_mask(text_ids), self.config.num_layers
+    hidden = self.body.layers(hidden, bias, 0, last, deterministic)[-1]
+    pooled = pool_packed(hidden, text_ids, position_ids, length, self.pooling)
+    return self._logits(pooled, deterministic)
 
   def prefix(
     self,
@@ -215,13 +247,22 @@ class BertClassifier(nn.Module):
     last = self.config.num_layers if last_layer is None else last_layer
     self._check_layer(last)
     hidden = self.body.embed(input_ids, token_type_ids, deterministic)
-    return self.body.layers(hidden, attention_mask, 0, last, deterministic)
+    bias = self.body.seen(attention_mask)
+    return self.body.layers(hidden, bias, 0, last, deterministic)
+
+  def _logits(self, pooled: Array, deterministic: bool) -> Array:
+    if not self.num_classes:
+      return pooled
+    rate, mask = self.config.dropout, None
+    if rate and not deterministic:
+      mask = keep(self.make_rng('dropout'), rate, pooled.shape)
+    return self.head(drop(pooled, mask, rate))
 
   def _pooled(self, hidden, attention_mask, first_layer, deterministic):
     self._check_layer(first_layer)
     states = self.body.layers(
       hidden,
-      attention_mask,
+      self.body.seen(attention_mask),
       first_layer,
       self.config.num_layers,
       deterministic,

@@ -10,13 +10,14 @@ for them (`fmeta.adapters.prefix`, `fmeta.adapters.prompt`):
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fmeta.errors import UsageError
+from fmeta.models.attention import attend
 from fmeta.models.dropout import drop, keep
 from fmeta.types import Array
 
@@ -90,17 +91,15 @@ def with_dropout(
   )
 
 
-def by_rows(x: Array, kernel: Array, dims: Any, **options: Any) -> Array:
-  """`lax.dot_general` of [..., n] and [n, m], with one leading axis.
+def rows(hidden: Array) -> Array:
+  """[B, L, H] -> [B L, H], what projections are given.
 
-  A trap in XLA on CPU: the gradient of a kernel contracts over all leading
+  Two traps in XLA on CPU: the gradient of a kernel contracts over all leading
   axes, and with two of them the gradient of the outputs is first copied into
-  transposed order. One leading axis needs no copy.
+  transposed order; and an activation between two shapes needs a buffer of its
+  own.
   """
-  del dims  # the last axis of x with the first of the kernel
-  flat = x.reshape(-1, x.shape[-1])
-  out = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
-  return out.reshape(*x.shape[:-1], -1)
+  return hidden.reshape(-1, hidden.shape[-1])
 
 
 def dense(
@@ -108,7 +107,7 @@ def dense(
 ) -> nn.Dense:
   """A projection with BERT's initialisation."""
   init = nn.initializers.normal(config.initializer_range)
-  return nn.Dense(features, kernel_init=init, dot_general=by_rows, name=name)
+  return nn.Dense(features, kernel_init=init, name=name)
 
 
 def embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
@@ -117,35 +116,37 @@ def embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
   return nn.Embed(rows, config.hidden_size, embedding_init=init, name=name)
 
 
-def norm(config: BertConfig, name: str) -> nn.LayerNorm:
+class Norm(nn.Module):
+  """Layer norm (Ba et al. 2016) that scales last.
+
+  (x - mean) / sqrt(var + eps) * scale + bias. `nn.LayerNorm` multiplies scale
+  and root first, and so forms a [B, L, H] array that lives until the backward
+  pass. The variance is that of x - mean: E[x^2] - E[x]^2 loses digits where
+  the mean is large.
+  """
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[..., H] -> the same."""
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+    return normal * scale.reshape(shape) + bias.reshape(shape)
+
+
+def norm(config: BertConfig, name: str) -> Norm:
   """A layer norm with BERT's epsilon."""
-  # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-  return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
+  return Norm(config.layer_norm_eps, name=name)
 
 
 def gelu(x: Array) -> Array:
   """x Phi(x), exactly (Hendrycks & Gimpel 2016); erf is cheaper than erfc."""
   return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
-
-
-def additive_mask(attention_mask: Array) -> Array:
-  """[B, L] of 0 and 1 -> [B, 1, 1, L] of 0 where seen and -1e9 where not."""
-  hidden = attention_mask[:, None, None, :] == 0
-  return jnp.where(hidden, -1e9, 0.0).astype(jnp.float32)
-
-
-def attend(query: Array, key: Array, bias: Array) -> Array:
-  """Probabilities softmax(q k' / sqrt(d) + bias), in float32 or wider.
-
-  Args:
-    query: [B, L, heads, d].
-    key: [B, M, heads, d].
-    bias: additive, broadcastable to [B, heads, L, M].
-  """
-  scores = jnp.einsum('blhd,bmhd->bhlm', query, key)
-  dtype = jnp.promote_types(scores.dtype, jnp.float32)
-  scores = scores.astype(dtype) * query.shape[-1] ** -0.5
-  return jax.nn.softmax(scores + bias.astype(dtype)).astype(query.dtype)
 
 
 class Masks(NamedTuple):
@@ -193,8 +194,12 @@ class Embeddings(nn.Module):
     token_type_ids: Array | None,
     prompt: Array | None,
     mask: Array | None,
+    position_ids: Array | None = None,
   ) -> Array:
-    """[B, L] -> [B, P + L, H]; `mask` is dropout's, of that shape."""
+    """[B, L] -> [B, P + L, H]; `mask` is dropout's, of that shape.
+
+    Positions count from `first_position`, or are it plus `position_ids`.
+    """
     config = self.config
     word = embed(config, config.vocab_size, 'word')(input_ids)
     if prompt is not None:
@@ -208,13 +213,17 @@ class Embeddings(nn.Module):
         + f', but the model has positions for {config.max_positions}; cut the '
         'texts when encoding them'
       )
-    position = embed(config, config.max_positions, 'position').embedding
+    position = embed(config, config.max_positions, 'position')
+    if position_ids is None:
+      positions = position.embedding[None, first : first + length]
+    else:
+      positions = position(first + position_ids)
     segment = embed(config, config.type_vocab_size, 'type')
     if token_type_ids is None:
       segments = segment.embedding[None, :1]
     else:
       segments = segment(token_type_ids)
-    hidden = word + position[None, first : first + length] + segments
+    hidden = word + positions + segments
     hidden = norm(config, 'norm')(hidden)
     return drop(hidden, mask, config.dropout)
 
@@ -222,10 +231,10 @@ class Embeddings(nn.Module):
 def _prompted(prompt, word, token_type_ids):
   """Puts a prompt, of segment 0, before the words of every row."""
   shape = (word.shape[0], *prompt.shape)
-  rows = jnp.broadcast_to(prompt[None].astype(word.dtype), shape)
+  before = jnp.broadcast_to(prompt[None].astype(word.dtype), shape)
   if token_type_ids is not None:
     token_type_ids = jnp.pad(token_type_ids, ((0, 0), (len(prompt), 0)))
-  return jnp.concatenate([rows, word], axis=1), token_type_ids
+  return jnp.concatenate([before, word], axis=1), token_type_ids
 
 
 class Attention(nn.Module):
@@ -242,9 +251,10 @@ class Attention(nn.Module):
     """[B, L, H] -> the same."""
     config = self.config
     split = (*hidden.shape[:2], config.num_heads, -1)
+    flat = rows(hidden)
 
     def project(name):
-      return dense(config, config.hidden_size, name)(hidden).reshape(split)
+      return dense(config, config.hidden_size, name)(flat).reshape(split)
 
     query, key, value = project('query'), project('key'), project('value')
     mask, past = masks.attention, self.past()
@@ -254,10 +264,8 @@ class Attention(nn.Module):
       mask = self._with_past(mask, len(past[0]))
     weights = drop(attend(query, key, bias), mask, config.attention_dropout)
     mixed = jnp.einsum('bhlm,bmhd->blhd', weights, value)
-    out = dense(config, config.hidden_size, 'output')(
-      mixed.reshape(hidden.shape)
-    )
-    out = masks.branch(out, 0, config.dropout)
+    out = dense(config, config.hidden_size, 'output')(mixed.reshape(flat.shape))
+    out = masks.branch(out.reshape(hidden.shape), 0, config.dropout)
     return norm(config, 'norm')(hidden + out)
 
   def _with_past(self, mask: Array | None, length: int) -> Array | None:
@@ -286,9 +294,9 @@ class Mlp(nn.Module):
   def __call__(self, hidden: Array, masks: Masks) -> Array:
     """[B, L, H] -> the same."""
     config = self.config
-    inner = gelu(dense(config, config.intermediate_size, 'up')(hidden))
+    inner = gelu(dense(config, config.intermediate_size, 'up')(rows(hidden)))
     out = dense(config, config.hidden_size, 'down')(inner)
-    out = masks.branch(out, 1, config.dropout)
+    out = masks.branch(out.reshape(hidden.shape), 1, config.dropout)
     return norm(config, 'norm')(hidden + out)
 
 

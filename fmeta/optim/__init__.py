@@ -17,6 +17,7 @@ from fmeta.optim.adaptive import (
 )
 from fmeta.optim.basic import adam, adamw, nesterov, set_hyper, sgd
 from fmeta.optim.clipping import clip_by_norm, clip_by_unit
+from fmeta.optim.learned import learned_rates, moving, plain_rates
 from fmeta.optim.normalised import (
   MATRICES,
   TRUST,
@@ -74,12 +75,15 @@ __all__ = (
   'lamb',
   'lars',
   'layerwise_decay',
+  'learned_rates',
   'lion',
+  'moving',
   'muon',
   'nadam',
   'nesterov',
   'novograd',
   'one_cycle',
+  'plain_rates',
   'prodigy',
   'radam',
   'rmsprop',

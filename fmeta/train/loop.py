@@ -168,7 +168,9 @@ class Loop:
 
   def _dispatch(self, length: int, batches: Batch, began: float) -> None:
     compiled = self.program.compile_seconds
-    rows = jax.tree.leaves(batches)[0].shape[1]
+    # Packed texts have fewer rows of tokens than labels.
+    leaves = jax.tree.leaves(batches)
+    rows = max((x.shape[1] for x in leaves if x.ndim > 1), default=1)
     self.moving, metrics = self.program(
       self.moving,
       self.frozen,
