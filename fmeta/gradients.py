@@ -3,18 +3,162 @@
 Each function returns something with the contract of
 `jax.value_and_grad(fun, has_aux=True)` for objectives of the form
 `fun(trainable, frozen, model_state, batch, rng) -> (scalar, Aux)`.
+
+All of them end in `plain`, and `taken_by` says what `plain` is while an inner
+loop is traced (see `fmeta.through`).
 """
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from fmeta.errors import UsageError
 from fmeta.types import Aux, ValueAndGrad
 
+# JAX's own kind of context: a function jitted under one value is traced again
+# under another.
+_innermost = jax.make_user_context()
 
-def plain(fun):
+
+def reverse(fun):
   """Reverse mode: `jax.value_and_grad` with the auxiliary output."""
   return jax.value_and_grad(fun, has_aux=True)
+
+
+def plain(fun):
+  """What `taken_by` says, else reverse mode."""
+  return (_innermost.value or reverse)(fun)
+
+
+@contextlib.contextmanager
+def taken_by(value_and_grad: ValueAndGrad) -> Iterator[None]:
+  """Within it, `plain` is `value_and_grad`, also inside other wrappers.
+
+  `accumulate`, `sharpness_aware` and the like call `plain` on a scalar, so a
+  method that relies on a symmetric Hessian is right inside all of them.
+  """
+  with _innermost(value_and_grad):
+    yield
+
+
+def mixed_mode(fun):
+  """Reverse mode whose own derivative is forward over reverse.
+
+  With g(t, z) = grad_t L(t, z), the cotangent v of g gives those of both
+
+    (dg/dt)' v = d/de grad_t L(t + e v, z),
+    (dg/dz)' v = d/de grad_z L(t + e v, z),  at e = 0,
+
+  because second derivatives are symmetric: one jvp of one gradient, which
+  keeps two copies of what a gradient keeps, where reverse over reverse keeps
+  the backward pass as well (Kemaev et al. 2025,
+  https://arxiv.org/abs/2505.00793, section 3). Between the passes nothing but
+  the arguments is kept. It cannot be differentiated by forward mode.
+  """
+
+  def wrapped(*args):
+    outside, call = hoisted(fun, *args)
+
+    @jax.custom_vjp
+    def valued(outside, *args):
+      call_with = lambda *args: call(outside, *args)
+      return jax.value_and_grad(call_with, has_aux=True)(*args)
+
+    def forward(*primals):
+      inputs = jax.tree.map(
+        lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, 'perturbed')
+      )
+      return valued(*inputs), inputs
+
+    def backward(inputs, cotangents):
+      return _pulled_back(call, inputs, *cotangents)
+
+    valued.defvjp(forward, backward, symbolic_zeros=True)
+    return valued(outside, *args)
+
+  return wrapped
+
+
+def hoisted(fun: Callable, *args: Any) -> tuple[list, Callable]:
+  """`(outside, call)` with `call(outside, *args) = fun(*args)`.
+
+  `outside` is what `fun` closes over. A rule of differentiation must get it
+  as an argument: it is traced again where the closure's values are gone.
+  """
+  closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
+  treedef = jax.tree.structure(out)
+
+  def call(outside, *args):
+    run = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, outside))
+    return jax.tree.unflatten(treedef, run(*jax.tree.leaves(args)))
+
+  return list(closed.consts), call
+
+
+def _split(tree):
+  """The leaves that have derivatives and the others, None in each gap."""
+  is_real = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+  reals = jax.tree.map(lambda x: x if is_real(x) else None, tree)
+  return reals, jax.tree.map(lambda x: None if is_real(x) else x, tree)
+
+
+def _joined(reals, others):
+  return jax.tree.map(
+    lambda x, y: y if x is None else x,
+    reals,
+    others,
+    is_leaf=lambda x: x is None,
+  )
+
+
+def _pulled_back(call, inputs, valued, along):
+  """Cotangents of `inputs` from those of (value, aux) and of the gradient."""
+  outside, trainable, *rest = inputs
+  reals, others = _split((outside, rest))
+
+  def outputs(trainable, reals):
+    outside, rest = _joined(reals, others)
+    return call(outside, trainable, *rest)
+
+  total = None
+  if not _is_zero(along):
+    slopes = jax.grad(lambda *at: outputs(*at)[0], argnums=(0, 1))
+    _, total = jax.jvp(
+      lambda trainable: slopes(trainable, reals),
+      (trainable,),
+      (_filled(along),),
+    )
+  if not _is_zero(valued):
+    # Something else reads the value, the statistics or a metric.
+    _, pull = jax.vjp(lambda *at: _split(outputs(*at))[0], trainable, reals)
+    more = pull(_split(_filled(valued))[0])
+    total = more if total is None else jax.tree.map(jnp.add, total, more)
+  if total is None:
+    return jax.tree.map(lambda x: None, inputs)
+  trainable, (outside, rest) = total
+  return outside, trainable, *rest
+
+
+def _is_symbolic(x) -> bool:
+  return isinstance(x, SymbolicZero)
+
+
+def _is_zero(cotangents) -> bool:
+  leaves = jax.tree.leaves(cotangents, is_leaf=_is_symbolic)
+  return all(_is_symbolic(x) or x.dtype == jax.dtypes.float0 for x in leaves)
+
+
+def _filled(cotangents):
+  return jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype) if _is_symbolic(x) else x,
+    cotangents,
+    is_leaf=_is_symbolic,
+  )
 
 
 def first_order(value_and_grad: ValueAndGrad = plain) -> ValueAndGrad:
@@ -58,7 +202,7 @@ def accumulate(
 
   def transform(fun):
     def wrapped(trainable, frozen, model_state, batch, rng):
-      parts = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
+      parts = jax.tree.map(lambda x: _cut(x, num_microbatches), batch)
 
       def body(carry, inputs):
         model_state, totals = carry
@@ -100,7 +244,7 @@ def accumulate(
   return transform
 
 
-def _split(x, num):
+def _cut(x, num):
   if x.shape[0] % num:
     raise UsageError(
       f'{num} microbatches do not divide a batch of {x.shape[0]} rows; choose '

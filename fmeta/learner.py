@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmeta import through as ways
 from fmeta.errors import UsageError
 from fmeta.gradients import plain
 from fmeta.optim.guard import guard
@@ -89,21 +90,22 @@ def finetune(
       memory={},
     )
 
-  def step(state, batch, rng):
+  def inputs(state, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
-    given = (
-      state.frozen,
-      state.model_state,
-      batch,
-      jax.random.fold_in(rng, LOSS),
-    )
-    remembered = state, batch, jax.random.fold_in(rng, PENALTY)
-    (loss, aux), data_grads = value_and_grad(objective)(state.trainable, *given)
-    penalty_loss, penalty_grads = jax.value_and_grad(penalty_value)(
-      state.trainable, *remembered
-    )
-    grads = jax.tree.map(jnp.add, data_grads, penalty_grads)
-    grads = penalty.direct(grads, state.penalty_state)
+    key = jax.random.fold_in(rng, LOSS)
+    given = state.frozen, state.model_state, batch, key
+    return given, (state, batch, jax.random.fold_in(rng, PENALTY))
+
+  def slopes(state, given, remembered):
+    data = value_and_grad(objective)(state.trainable, *given)
+    held = jax.value_and_grad(penalty_value)(state.trainable, *remembered)
+    grads = jax.tree.map(jnp.add, data[1], held[1])
+    return data, held[0], penalty.direct(grads, state.penalty_state)
+
+  def step(state, batch, rng):
+    given, remembered = inputs(state, batch, rng)
+    data, penalty_loss, grads = slopes(state, given, remembered)
+    (loss, aux), data_grads = data
 
     def total(trainable):  # for optimisers that need curvature
       data = objective(trainable, *given)[0]
@@ -155,6 +157,7 @@ def finetune(
     params=lambda state: tuning.merge(state.trainable, state.frozen),
     using=lambda state: tuning.intercept(state.trainable, state.frozen),
     end_task=end_task,
+    gradient=lambda state, *given: slopes(state, *inputs(state, *given))[2],
   )
 
 
@@ -210,14 +213,17 @@ def rehearse(
     state = learner.init(params, rng, model_state)
     return state.replace(memory=memory.init())
 
-  def step(state, batch, rng):
+  def mixed(state, batch, rng):
     key = jax.random.fold_in(rng, state.step)
     rows, valid = memory.sample(
       state.memory, size, jax.random.fold_in(key, SAMPLE)
     )
+    return mix(batch, rows, valid)
+
+  def step(state, batch, rng):
     count = jax.tree.leaves(batch)[0].shape[0]
     held = state.memory
-    state, aux = learner.step(state, mix(batch, rows, valid), rng)
+    state, aux = learner.step(state, mixed(state, batch, rng), rng)
     own = jax.tree.map(lambda x: x[:count], aux.outputs)
     weight = batch.get('weight', jnp.ones(count, jnp.float32))
     # The root key: a row's fate depends on how many came before, not on how
@@ -230,7 +236,10 @@ def rehearse(
     )
     return state.replace(memory=held), aux._replace(outputs=own)
 
-  return learner._replace(init=init, step=step)
+  def gradient(state, batch, rng):
+    return learner.gradient(state, mixed(state, batch, rng), rng)
+
+  return learner._replace(init=init, step=step, gradient=gradient)
 
 
 def adapt(
@@ -241,6 +250,7 @@ def adapt(
   *,
   num_steps: int,
   every: Callable[[TrainState, Aux], Any] = lambda state, aux: aux.metrics,
+  through: ways.Through = ways.plain,
 ) -> tuple[TrainState, Any]:
   """Scans `learner.step`: the inner loop, or a chunk of plain training.
 
@@ -252,6 +262,9 @@ def adapt(
     rng: root key, as for `learner.step`.
     num_steps: static number of steps.
     every: what to record after each step; metrics by default.
+    through: how a derivative passes through the loop, one of
+      `fmeta.through`; it changes memory and time, and what a derivative is
+      only for those that say so.
 
   Returns:
     The last state, and what `every` gave, stacked [num_steps, ...].
@@ -262,7 +275,11 @@ def adapt(
     state, aux = learner.step(carry.replace(frozen=frozen), batches(index), rng)
     return state.replace(frozen={}), every(state, aux)
 
-  last, history = jax.lax.scan(
-    body, state.replace(frozen={}), jnp.arange(num_steps)
-  )
+  def gradient(carry):
+    # The batch of the last step; methods that ask expect a constant one.
+    batch = batches(jnp.asarray(num_steps - 1))
+    return learner.gradient(carry.replace(frozen=frozen), batch, rng)
+
+  loop = ways.Loop(body, state.replace(frozen={}), num_steps, gradient)
+  last, history = through(loop)
   return last.replace(frozen=frozen), history

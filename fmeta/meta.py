@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmeta import through as ways
 from fmeta import tree
 from fmeta.errors import UsageError
 from fmeta.learner import adapt
@@ -53,12 +54,23 @@ def inner_learner(inner: Inner, params: Params) -> tuple[Learner, Params]:
   return inner(params['hyper']), params['model']
 
 
-def _adapted(inner, num_steps, params, model_state, support, rng):
+def _adapted(
+  inner, num_steps, params, model_state, support, rng, through=ways.plain
+):
   learner, start = inner_learner(inner, params)
   # One key for all episodes: what a tuning adds is born the same everywhere.
   state = learner.init(start, jax.random.key(INIT), model_state)
   rng = jax.random.fold_in(rng, ADAPT)
-  state, _ = adapt(learner, state, lambda _: support, rng, num_steps=num_steps)
+  state, _ = adapt(
+    learner,
+    state,
+    lambda _: support,
+    rng,
+    num_steps=num_steps,
+    # A metric that is stacked is differentiated, too.
+    every=lambda state, aux: None,
+    through=through,
+  )
   return learner, state
 
 
@@ -76,7 +88,12 @@ def per_task(fun: Callable, over: Over, episodes: Mapping, rng: Array | None):
 
 
 def episode_loss(
-  inner: Inner, loss_fn: LossFn, num_steps: int, *, over: Over = jax.vmap
+  inner: Inner,
+  loss_fn: LossFn,
+  num_steps: int,
+  *,
+  over: Over = jax.vmap,
+  through: ways.Through = ways.plain,
 ) -> LossFn:
   """The query loss after adaptation, as a loss of the initial parameters.
 
@@ -95,6 +112,7 @@ def episode_loss(
     loss_fn: the loss on the query set.
     num_steps: inner steps on the support set.
     over: how tasks are mapped: `jax.vmap` or `in_chunks(k)`.
+    through: how the inner loop is differentiated, one of `fmeta.through`.
 
   Returns:
     A `LossFn` whose batch is `{'support': batch, 'query': batch}` with a
@@ -105,7 +123,7 @@ def episode_loss(
   def loss(params, model_state, batch, rng):
     def one(episode, key):
       learner, state = _adapted(
-        inner, num_steps, params, model_state, episode['support'], key
+        inner, num_steps, params, model_state, episode['support'], key, through
       )
       query_key = None if rng is None else jax.random.fold_in(key, QUERY)
       with learner.using(state) as adapted:

@@ -151,6 +151,8 @@ class Learner(NamedTuple):
       model with: adapters enter the activations instead of being merged.
     end_task: `(state, forward, batches, rng) -> state`: lets the penalty
       consolidate what the finished task has taught.
+    gradient: `(state, batch, rng) -> grads`, of the data and the penalty, as
+      the same step hands it to the optimiser.
   """
 
   init: Callable[..., TrainState]
@@ -158,3 +160,4 @@ class Learner(NamedTuple):
   params: Callable[[TrainState], Params]
   using: Callable[[TrainState], AbstractContextManager[Params]]
   end_task: Callable[..., TrainState]
+  gradient: Callable[[TrainState, Batch, Array], Params]

@@ -15,7 +15,7 @@ ROWS = [
   {'tree'},
   {'blocks'},
   {'tuning', 'adapters', 'optim', 'gradients', 'penalty', 'memory', 'fisher'}
-  | {'averaging', 'mixout', 'sharpness'},
+  | {'averaging', 'mixout', 'sharpness', 'through'},
   {'per_leaf', 'phases', 'retune', 'surgical'},
   {'learner'},
   {'losses', 'meta', 'meta_safe', 'mixing', 'regularise'},

@@ -1,0 +1,213 @@
+"""Memory of a meta-gradient, by how the inner loop is differentiated.
+
+  python -m experiments.run --config=experiments/benchmarks/meta_memory.py
+
+One 5-way 5-shot episode of a BERT of MiniLM's size with random weights,
+compiled and not run: the outer gradient of LoRA-MAML (factors and head move in
+both loops) and of full MAML. One JSON line per row, number of inner steps and
+way of `fmeta.through`:
+
+  temp_bytes          XLA's temporary buffers: all but arguments and results
+  state_bytes         steps x bytes(trainable + optimiser state), which any
+                      exact method that does not repeat steps has to keep
+  ratio               temp_bytes over that of `first_order` at as many steps
+  ratio_without       the same after subtracting state_bytes from temp_bytes
+  flops               as XLA counts them, each loop's body once: one inner
+                      step forward, one backward, and the query's gradient
+
+`first_order` is FOMAML: its inner gradients are not differentiated and
+nothing is kept per step, so its peak is that of one gradient, on the support
+or on the query set. `growth` is that of temp_bytes - state_bytes from the
+second to the last number of steps. Measured: experiments/README.md.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fmeta
+from fmeta import adapters, models, optim, through, tree
+from fmeta.workdir import Context
+
+WAYS = {
+  way.__name__: way
+  for way in (through.first_order, through.plain, through.remat, through.mixed)
+}
+KERNELS = r'body/layer_\d+/.*kernel'
+
+
+@dataclasses.dataclass
+class Config:
+  """Shapes; sizes of the model are MiniLM's (all-MiniLM-L6-v2)."""
+
+  rows: tuple[str, ...] = ('lora', 'full')
+  ways: tuple[str, ...] = tuple(WAYS)
+  inner_steps: tuple[int, ...] = (1, 5, 20, 100)
+  tasks: int = 1
+  classes: int = 5
+  shots: int = 5
+  queries: int = 5
+  length: int = 32
+  rank: int = 8
+  inner_lr: float = 0.1
+  vocab_size: int = 30522
+  hidden_size: int = 384
+  num_layers: int = 6
+  num_heads: int = 12
+  intermediate_size: int = 1536
+
+
+SMALL = {
+  'inner_steps': (1, 2, 3),
+  'shots': 1,
+  'queries': 1,
+  'length': 8,
+  'rank': 2,
+  'vocab_size': 64,
+  'hidden_size': 16,
+  'num_layers': 2,
+  'num_heads': 2,
+  'intermediate_size': 32,
+}
+
+
+def module_of(config: Config) -> models.BertClassifier:
+  """BERT of those sizes, without dropout."""
+  sizes = {
+    name: getattr(config, name)
+    for name in (
+      'vocab_size',
+      'hidden_size',
+      'num_layers',
+      'num_heads',
+      'intermediate_size',
+    )
+  }
+  bert = models.BertConfig(dropout=0.0, attention_dropout=0.0, **sizes)
+  return models.BertClassifier(bert, config.classes)
+
+
+def episodes(config: Config) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """Shapes of a meta-batch."""
+
+  def part(each):
+    rows = (config.tasks, config.classes * each)
+    shape = (*rows, config.length)
+    return {
+      'input_ids': jax.ShapeDtypeStruct(shape, jnp.int32),
+      'attention_mask': jax.ShapeDtypeStruct(shape, jnp.int32),
+      'label': jax.ShapeDtypeStruct(rows, jnp.int32),
+    }
+
+  return {'support': part(config.shots), 'query': part(config.queries)}
+
+
+def learners(
+  config: Config,
+  row: str,
+  num_steps: int,
+  way: through.Through,
+  optimizer: Callable = optim.sgd,
+) -> tuple[fmeta.Learner, fmeta.Learner, Callable]:
+  """(outer learner, inner learner, key -> outer parameters)."""
+  module = module_of(config)
+  loss = fmeta.supervised(models.forward(module), fmeta.softmax_cross_entropy)
+  ids = jnp.zeros((1, config.length), jnp.int32)
+
+  def params_of(key):
+    params = module.init(key, ids, ids)['params']
+    if row == 'lora':
+      # Born in the outer parameters, hence meta-learned.
+      params = adapters.lora_init(params, key, (KERNELS,), config.rank)
+    return params
+
+  tunings = {
+    'lora': (
+      fmeta.lora(KERNELS, rank=config.rank, also=('head/.*',)),
+      fmeta.select(r'.*\.lora_[ab]', 'head/.*'),
+    ),
+    'full': (fmeta.full(), fmeta.full()),
+  }
+  if row not in tunings:
+    raise fmeta.UsageError(f'no row {row!r}; possible: {sorted(tunings)}')
+  inner_tuning, outer_tuning = tunings[row]
+  inner = fmeta.finetune(loss, optimizer(config.inner_lr), tuning=inner_tuning)
+  meta_loss = fmeta.episode_loss(inner, loss, num_steps, through=way)
+  outer = fmeta.finetune(meta_loss, optim.adam(1e-3), tuning=outer_tuning)
+  return outer, inner, params_of
+
+
+def measure(
+  config: Config, row: str, num_steps: int, way: str, **options: Any
+) -> dict[str, Any]:
+  """Compiles one outer gradient from shapes alone."""
+  if way not in WAYS:
+    raise fmeta.UsageError(f'no way {way!r}; possible: {sorted(WAYS)}')
+  outer, inner, params_of = learners(
+    config, row, num_steps, WAYS[way], **options
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params = jax.eval_shape(params_of, key)
+  state = jax.eval_shape(outer.init, params, key)
+  start = jax.eval_shape(inner.init, params, key)
+  began = time.perf_counter()
+  lowered = jax.jit(outer.gradient).lower(state, episodes(config), key)
+  compiled = lowered.compile()
+  seconds = time.perf_counter() - began
+  per_step = tree.num_bytes((start.trainable, start.opt_state))
+  return {
+    'row': row,
+    'steps': num_steps,
+    'way': way,
+    'temp_bytes': compiled.memory_analysis().temp_size_in_bytes,
+    'state_bytes': num_steps * per_step * config.tasks,
+    'flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
+    'compile_seconds': round(seconds, 1),
+  }
+
+
+def compared(line: dict, base: dict) -> dict:
+  """The line with its ratios to first order."""
+  held = line['state_bytes'] if line['way'] != 'first_order' else 0
+  return {
+    **line,
+    'ratio': round(line['temp_bytes'] / base['temp_bytes'], 3),
+    'ratio_without': round(
+      (line['temp_bytes'] - held) / base['temp_bytes'], 3
+    ),
+    'times_flops': round(line['flops'] / base['flops'], 2),
+  }
+
+
+def growth(lines: list[dict]) -> float:
+  """Of temp_bytes - state_bytes, from the second line to the last."""
+  rest = [line['temp_bytes'] - line['state_bytes'] for line in lines]
+  return rest[-1] / rest[min(1, len(rest) - 1)] - 1
+
+
+def run(config: Config, context: Context) -> dict:
+  """Prints a line per program."""
+  del context
+  metrics = {}
+  for row in config.rows:
+    lines = {way: [] for way in config.ways}
+    for num_steps in config.inner_steps:
+      base = measure(config, row, num_steps, 'first_order')
+      for way in config.ways:
+        line = base
+        if way != 'first_order':
+          line = measure(config, row, num_steps, way)
+        line = compared(line, base)
+        print(json.dumps(line), flush=True)
+        lines[way].append(line)
+        metrics[f'{row} {way} {num_steps} ratio'] = line['ratio']
+    for way in config.ways:
+      if way != 'first_order':
+        metrics[f'{row} {way} growth'] = round(growth(lines[way]), 4)
+        print(f'{row} {way}: growth {growth(lines[way]):+.1%}', flush=True)
+  return {'metrics': metrics}
