@@ -5,15 +5,20 @@
 One 5-way 5-shot episode of a BERT of MiniLM's size with random weights,
 compiled and not run: the outer gradient of LoRA-MAML (factors and head move in
 both loops) and of full MAML. One JSON line per row, number of inner steps and
-way of `fmeta.through`:
+way of `fmeta.through`, with and without `BertConfig.remat` ("blocks"):
 
   temp_bytes          XLA's temporary buffers: all but arguments and results
   state_bytes         steps x bytes(trainable + optimiser state), which any
                       exact method that does not repeat steps has to keep
   ratio               temp_bytes over that of `first_order` at as many steps
-  ratio_without       the same after subtracting state_bytes from temp_bytes
+  ratio_blocks        over that of `first_order+blocks`
+  ratio_without       `ratio` after subtracting state_bytes from temp_bytes
   flops               as XLA counts them, each loop's body once: one inner
                       step forward, one backward, and the query's gradient
+
+XLA's scheduler on CPU prefers concurrency to memory and computes what a
+checkpoint leaves out long before it is needed; so all programs are compiled
+with `MEMORY_FIRST`, which a run has with that in XLA_FLAGS.
 
 `first_order` is FOMAML: its inner gradients are not differentiated and
 nothing is kept per step, so its peak is that of one gradient, on the support
@@ -34,10 +39,17 @@ import fmeta
 from fmeta import adapters, models, optim, through, tree
 from fmeta.workdir import Context
 
+# Way, and whether the model's blocks are computed again in a backward pass.
 WAYS = {
-  way.__name__: way
-  for way in (through.first_order, through.plain, through.remat, through.mixed)
+  'first_order': (through.first_order, False),
+  'first_order+blocks': (through.first_order, True),
+  'plain': (through.plain, False),
+  'remat': (through.remat, False),
+  'mixed': (through.mixed, False),
+  'mixed+blocks': (through.mixed, True),
 }
+BASE, BLOCKS = 'first_order', 'first_order+blocks'
+MEMORY_FIRST = {'xla_cpu_enable_concurrency_optimized_scheduler': False}
 KERNELS = r'body/layer_\d+/.*kernel'
 
 
@@ -76,7 +88,7 @@ SMALL = {
 }
 
 
-def module_of(config: Config) -> models.BertClassifier:
+def module_of(config: Config, remat: bool) -> models.BertClassifier:
   """BERT of those sizes, without dropout."""
   sizes = {
     name: getattr(config, name)
@@ -88,7 +100,9 @@ def module_of(config: Config) -> models.BertClassifier:
       'intermediate_size',
     )
   }
-  bert = models.BertConfig(dropout=0.0, attention_dropout=0.0, **sizes)
+  bert = models.BertConfig(
+    dropout=0.0, attention_dropout=0.0, remat=remat, **sizes
+  )
   return models.BertClassifier(bert, config.classes)
 
 
@@ -111,11 +125,12 @@ def learners(
   config: Config,
   row: str,
   num_steps: int,
-  way: through.Through,
+  way: str,
   optimizer: Callable = optim.sgd,
 ) -> tuple[fmeta.Learner, fmeta.Learner, Callable]:
   """(outer learner, inner learner, key -> outer parameters)."""
-  module = module_of(config)
+  goes_through, remat = WAYS[way]
+  module = module_of(config, remat)
   loss = fmeta.supervised(models.forward(module), fmeta.softmax_cross_entropy)
   ids = jnp.zeros((1, config.length), jnp.int32)
 
@@ -137,7 +152,7 @@ def learners(
     raise fmeta.UsageError(f'no row {row!r}; possible: {sorted(tunings)}')
   inner_tuning, outer_tuning = tunings[row]
   inner = fmeta.finetune(loss, optimizer(config.inner_lr), tuning=inner_tuning)
-  meta_loss = fmeta.episode_loss(inner, loss, num_steps, through=way)
+  meta_loss = fmeta.episode_loss(inner, loss, num_steps, through=goes_through)
   outer = fmeta.finetune(meta_loss, optim.adam(1e-3), tuning=outer_tuning)
   return outer, inner, params_of
 
@@ -148,16 +163,15 @@ def measure(
   """Compiles one outer gradient from shapes alone."""
   if way not in WAYS:
     raise fmeta.UsageError(f'no way {way!r}; possible: {sorted(WAYS)}')
-  outer, inner, params_of = learners(
-    config, row, num_steps, WAYS[way], **options
-  )
+  outer, inner, params_of = learners(config, row, num_steps, way, **options)
   key = jax.eval_shape(lambda: jax.random.key(0))
   params = jax.eval_shape(params_of, key)
   state = jax.eval_shape(outer.init, params, key)
   start = jax.eval_shape(inner.init, params, key)
   began = time.perf_counter()
   lowered = jax.jit(outer.gradient).lower(state, episodes(config), key)
-  compiled = lowered.compile()
+  on_cpu = jax.default_backend() == 'cpu'
+  compiled = lowered.compile(compiler_options=MEMORY_FIRST if on_cpu else None)
   seconds = time.perf_counter() - began
   per_step = tree.num_bytes((start.trainable, start.opt_state))
   return {
@@ -171,15 +185,14 @@ def measure(
   }
 
 
-def compared(line: dict, base: dict) -> dict:
+def compared(line: dict, base: dict, blocks: dict) -> dict:
   """The line with its ratios to first order."""
-  held = line['state_bytes'] if line['way'] != 'first_order' else 0
+  held = 0 if line['way'] in (BASE, BLOCKS) else line['state_bytes']
   return {
     **line,
     'ratio': round(line['temp_bytes'] / base['temp_bytes'], 3),
-    'ratio_without': round(
-      (line['temp_bytes'] - held) / base['temp_bytes'], 3
-    ),
+    'ratio_blocks': round(line['temp_bytes'] / blocks['temp_bytes'], 3),
+    'ratio_without': round((line['temp_bytes'] - held) / base['temp_bytes'], 3),
     'times_flops': round(line['flops'] / base['flops'], 2),
   }
 
@@ -197,17 +210,15 @@ def run(config: Config, context: Context) -> dict:
   for row in config.rows:
     lines = {way: [] for way in config.ways}
     for num_steps in config.inner_steps:
-      base = measure(config, row, num_steps, 'first_order')
+      bases = {w: measure(config, row, num_steps, w) for w in (BASE, BLOCKS)}
       for way in config.ways:
-        line = base
-        if way != 'first_order':
-          line = measure(config, row, num_steps, way)
-        line = compared(line, base)
+        line = bases.get(way) or measure(config, row, num_steps, way)
+        line = compared(line, *bases.values())
         print(json.dumps(line), flush=True)
         lines[way].append(line)
         metrics[f'{row} {way} {num_steps} ratio'] = line['ratio']
     for way in config.ways:
-      if way != 'first_order':
+      if way not in (BASE, BLOCKS):
         metrics[f'{row} {way} growth'] = round(growth(lines[way]), 4)
         print(f'{row} {way}: growth {growth(lines[way]):+.1%}', flush=True)
   return {'metrics': metrics}

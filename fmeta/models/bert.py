@@ -35,8 +35,9 @@ class Body(nn.Module):
   def setup(self):
     """Names the parts."""
     self.embeddings = Embeddings(self.config)
+    layer = nn.remat(Layer) if self.config.remat else Layer
     for k in range(self.config.num_layers):
-      setattr(self, f'layer_{k}', Layer(self.config))
+      setattr(self, f'layer_{k}', layer(self.config))
 
   def embed(
     self,

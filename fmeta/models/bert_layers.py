@@ -42,6 +42,9 @@ class BertConfig:
       https://arxiv.org/abs/1603.09382, eq. 4). A dropped block of this
       post-norm model still normalises. 0: none, as in BERT.
     initializer_range: standard deviation of fresh kernels and embeddings.
+    remat: a backward pass computes each block again from its input instead of
+      keeping what it computes (Chen et al. 2016,
+      https://arxiv.org/abs/1604.06174); the numbers are the same.
   """
 
   vocab_size: int = 30522
@@ -56,6 +59,7 @@ class BertConfig:
   attention_dropout: float = 0.1
   stochastic_depth: float = 0.0
   initializer_range: float = 0.02
+  remat: bool = False
 
   def __post_init__(self):
     if self.hidden_size % self.num_heads:
