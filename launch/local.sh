@@ -2,6 +2,7 @@
 # Sets up .venv and runs an experiment on this machine; without arguments the
 # main job. Arguments are those of `python -m experiments.run`.
 #   FMETA_HOST_DEVICES=2 ./launch/local.sh    two CPU devices without --mesh
+#   FMETA_LESS_MEMORY=1 ./launch/local.sh     XLA on CPU schedules for memory
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 set_up
@@ -17,9 +18,15 @@ if [ "$(uname)" = Linux ]; then
   use MALLOC_TRIM_THRESHOLD_ 8000000000
   use MALLOC_TOP_PAD_ 268435456
 fi
+flags=
 if [ -n "${FMETA_HOST_DEVICES:-}" ]; then
-  use XLA_FLAGS "--xla_force_host_platform_device_count=$FMETA_HOST_DEVICES"
+  flags="--xla_force_host_platform_device_count=$FMETA_HOST_DEVICES"
 fi
+if [ -n "${FMETA_LESS_MEMORY:-}" ]; then
+  # Else it computes early what jax.checkpoint leaves for later (2026-11).
+  flags="$flags --xla_cpu_enable_concurrency_optimized_scheduler=false"
+fi
+if [ -n "$flags" ]; then use XLA_FLAGS "${flags# }"; fi
 
 # -P: the folder one stands in must not shadow the package.
 exec "$python" -P -m experiments.run "$@"

@@ -1,6 +1,7 @@
 """Memory of a meta-gradient, by how the inner loop is differentiated.
 
-  python -m experiments.run --config=experiments/benchmarks/meta_memory.py
+  FMETA_LESS_MEMORY=1 ./launch/local.sh \\
+    --config=experiments/benchmarks/meta_memory.py
 
 One 5-way 5-shot episode of a BERT of MiniLM's size with random weights,
 compiled and not run: the outer gradient of LoRA-MAML (factors and head move in
@@ -17,8 +18,9 @@ way of `fmeta.through`, with and without `BertConfig.remat` ("blocks"):
                       step forward, one backward, and the query's gradient
 
 XLA's scheduler on CPU prefers concurrency to memory and computes what a
-checkpoint leaves out long before it is needed; so all programs are compiled
-with `MEMORY_FIRST`, which a run has with that in XLA_FLAGS.
+checkpoint leaves out long before it is needed. `FMETA_LESS_MEMORY=1` puts
+`MEMORY_FIRST` into XLA_FLAGS (which must be there before the first
+compilation); each line says whether it was.
 
 `first_order` is FOMAML: its inner gradients are not differentiated and
 nothing is kept per step, so its peak is that of one gradient, on the support
@@ -28,6 +30,7 @@ second to the last number of steps. Measured: experiments/README.md.
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +52,7 @@ WAYS = {
   'mixed+blocks': (through.mixed, True),
 }
 BASE, BLOCKS = 'first_order', 'first_order+blocks'
-MEMORY_FIRST = {'xla_cpu_enable_concurrency_optimized_scheduler': False}
+MEMORY_FIRST = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 KERNELS = r'body/layer_\d+/.*kernel'
 
 
@@ -170,8 +173,7 @@ def measure(
   start = jax.eval_shape(inner.init, params, key)
   began = time.perf_counter()
   lowered = jax.jit(outer.gradient).lower(state, episodes(config), key)
-  on_cpu = jax.default_backend() == 'cpu'
-  compiled = lowered.compile(compiler_options=MEMORY_FIRST if on_cpu else None)
+  compiled = lowered.compile()
   seconds = time.perf_counter() - began
   per_step = tree.num_bytes((start.trainable, start.opt_state))
   return {
@@ -182,6 +184,7 @@ def measure(
     'state_bytes': num_steps * per_step * config.tasks,
     'flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
     'compile_seconds': round(seconds, 1),
+    'memory_first': MEMORY_FIRST in os.environ.get('XLA_FLAGS', ''),
   }
 
 
