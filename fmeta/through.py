@@ -60,7 +60,7 @@ def remat(loop: Loop) -> tuple[TrainState, Any]:
 
   (Chen et al. 2016, https://arxiv.org/abs/1604.06174, with a segment a step.)
   """
-  return _scan(loop, _checkpointed(_taking(gradients.reverse, loop.step)))
+  return _scan(loop, _checkpointed(loop, gradients.reverse))
 
 
 def mixed(loop: Loop) -> tuple[TrainState, Any]:
@@ -68,7 +68,7 @@ def mixed(loop: Loop) -> tuple[TrainState, Any]:
 
   See `gradients.mixed_mode` (Kemaev et al. 2025, https://arxiv.org/abs/2505.00793).
   """
-  return _scan(loop, _checkpointed(_taking(gradients.mixed_mode, loop.step)))
+  return _scan(loop, _checkpointed(loop, gradients.mixed_mode))
 
 
 def first_order(loop: Loop) -> tuple[TrainState, Any]:
@@ -85,9 +85,11 @@ def _scan(loop, step):
   return jax.lax.scan(step, loop.start, jnp.arange(loop.num_steps))
 
 
-def _checkpointed(step):
-  # Within a scan nothing can be shared between the two computations anyway.
-  return jax.checkpoint(step, prevent_cse=False)
+def _checkpointed(loop, value_and_grad):
+  step = _taking(value_and_grad, loop.step)
+  # Nothing can be shared across the two passes of a loop, but XLA unrolls a
+  # loop of one step.
+  return jax.checkpoint(step, prevent_cse=loop.num_steps < 2)
 
 
 def _taking(value_and_grad, fun):
