@@ -44,13 +44,13 @@ class Config:
   rows: tuple[str, ...] = ROWS
   sizes: tuple[int, ...] = (100, 1000)
   short_epochs: int = 3
-  # One per size: 125 and 625 steps; the paper's last up to 3,200 (untuned).
-  long_epochs: tuple[int, ...] = (20, 10)
+  # One per size: 120 and 372 steps; the paper's last up to 3,200 (untuned).
+  long_epochs: tuple[int, ...] = (20, 6)
   fresh: str = 'body/layer_5/.*'
   batch_size: int = 16
   max_length: int = 64
   head_multiplier: float = 10.0
-  # Wide enough for 18 and for 630 steps.
+  # Wide enough for 18 and for 372 steps.
   rates: tuple[float, ...] = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
   validation_examples: int = 400
   test_examples: int | None = None
