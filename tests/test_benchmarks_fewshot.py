@@ -11,7 +11,11 @@ from experiments import run
 from experiments.benchmarks import fewshot
 from fmeta import tree
 
-ADAPTED = ('conv4_1', 'lora_last_two')
+# BERT's program compiles for 15 s.
+ADAPTED = (
+  'conv4_1',
+  pytest.param('lora_last_two', marks=pytest.mark.oracle),
+)
 
 
 def small(**changes):
@@ -123,12 +127,13 @@ PAIRS += [('lora_last_two', peer) for peer in fewshot.FUNC]
 # are older than the torch they run on.
 @pytest.mark.filterwarnings('ignore')
 def test_the_meta_gradient_is_the_peers(name, peer, config, meta_gradients):
-  if peer not in fewshot.FUNC:
-    pytest.importorskip(peer)
+  if importlib.util.find_spec(peer) is None and peer not in fewshot.FUNC:
+    pytest.skip(f'{peer} is not installed: ./launch/peers.sh')
   from experiments.benchmarks import maml_in_torch as peers
 
   made, value, grads = meta_gradients[name]
-  model = fewshot.torch_model(name, config, made.params).double()
+  model = fewshot.torch_model(name, config, peer, made.params)
+  model = model.double()
   peers.copy_into(model, made.params)  # again, now in float64
   row = fewshot.ROWS[name]
   rate = config.inner_lr if row.layers is None else config.lora_lr

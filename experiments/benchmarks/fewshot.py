@@ -251,13 +251,13 @@ def cores() -> int:
   return len(os.sched_getaffinity(0))
 
 
-def torch_model(name: str, config: Config, params: Any) -> Any:
+def torch_model(name: str, config: Config, peer: str, params: Any) -> Any:
   """The row's model in torch with our weights; what moves wants a gradient."""
   from experiments.benchmarks import maml_in_torch as peers
 
   row = ROWS[name]
   if row.layers is None:
-    model = peers.Conv4(config.ways, config.filters)
+    model = peers.Conv4(config.ways, config.filters, peer)
   else:
     count = sum(part.startswith('layer_') for part in params['body'])
     layers = lora_layers(row, count)
@@ -275,7 +275,7 @@ def make_torch(name: str, config: Config, peer: str) -> Any:
 
   torch.set_num_threads(cores())
   made, row = problem(name, config), ROWS[name]
-  model = torch_model(name, config, made.params)
+  model = torch_model(name, config, peer, made.params)
   rate = config.inner_lr if row.layers is None else config.lora_lr
   meta_gradient = peers.WAYS[peer](model, rate, row.steps)
   leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]

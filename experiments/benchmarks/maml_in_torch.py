@@ -6,6 +6,10 @@ query loss. Inner steps are SGD on the parameters that require a gradient.
 Imported only where torch is there.
 """
 
+import importlib
+import importlib.util
+import pathlib
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,19 +26,41 @@ from fmeta.pretrained.bert import their_name
 Episodes = tuple[tuple, torch.Tensor, tuple, torch.Tensor]
 # Their name -> (our leaf, how it is laid out there).
 Places = dict[str, tuple[Any, Callable]]
-Run = Callable[[Episodes], torch.Tensor]
+Run = Callable[[Episodes], Any]
+
+
+class Norm(torch.nn.BatchNorm2d):
+  """Batch normalisation in elementary operations.
+
+  torch's own has a wrong second derivative under `torch.func.vmap` (2.13, by
+  the gradients of all other ways and finite differences).
+  """
+
+  def forward(self, input: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> the same, by the statistics of the batch."""
+    var, mean = torch.var_mean(input, (0, 2, 3), correction=0, keepdim=True)
+    shape = (1, -1, 1, 1)
+    scale = self.weight.reshape(shape) * torch.rsqrt(var + self.eps)
+    return (input - mean) * scale + self.bias.reshape(shape)
 
 
 class Conv4(torch.nn.Module):
-  """`models.Conv4` with its transductive norm; see `copy_conv4`."""
+  """`models.Conv4` with its transductive norm.
 
-  def __init__(self, ways: int, filters: int):
+  Args:
+    ways: outputs of the head.
+    filters: of each convolution.
+    peer: the name of the way it is for.
+  """
+
+  def __init__(self, ways: int, filters: int, peer: str):
     super().__init__()
+    norm = Norm if peer == 'func_vmap' else torch.nn.BatchNorm2d
     blocks, channels = [], 1
     for _ in range(4):
       blocks += [
         torch.nn.Conv2d(channels, filters, 3, stride=2, padding=1),
-        torch.nn.BatchNorm2d(filters, eps=1e-3, track_running_stats=False),
+        norm(filters, eps=1e-3, track_running_stats=False),
         torch.nn.ReLU(),
       ]
       channels = filters
@@ -106,7 +132,10 @@ class LoraBert(torch.nn.Module):
 
   def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, L] -> [B, ways]."""
-    out = self.body(input_ids=ids, attention_mask=mask)
+    # As torch wants it inside: what transformers does with a mask of two axes
+    # reads values, which vmap refuses.
+    bias = torch.where(mask == 0, -1e9, 0.0)[:, None, None, :]
+    out = self.body(input_ids=ids, attention_mask=bias.to(self.head.weight))
     weights = mask[:, :, None].to(out.last_hidden_state.dtype)
     pooled = (out.last_hidden_state * weights).sum(1) / weights.sum(1)
     return self.head(pooled)
@@ -222,10 +251,10 @@ def func_loop(model: torch.nn.Module, rate: float, steps: int) -> Run:
   def run(episodes):
     start, tasks = moving(model), len(episodes[1])
     sums = {name: torch.zeros_like(leaf) for name, leaf in start.items()}
-    total = torch.zeros(())
+    total = 0.0
     for episode in one_by_one(episodes):
       grads, value = torch.func.grad_and_value(task)(start, *episode)
-      total += value / tasks
+      total = total + value / tasks
       for name, grad in grads.items():
         sums[name] += grad / tasks
     _give(model, sums)
@@ -234,13 +263,13 @@ def func_loop(model: torch.nn.Module, rate: float, steps: int) -> Run:
   return run
 
 
-def _summed(episodes: Episodes, query_loss: Callable) -> torch.Tensor:
+def _summed(episodes: Episodes, query_loss: Callable) -> Any:
   """Backward through each task's loss; gradients add up in `.grad`."""
-  total, tasks = torch.zeros(()), len(episodes[1])
+  total, tasks = 0.0, len(episodes[1])
   for episode in one_by_one(episodes):
     loss = query_loss(*episode) / tasks
     loss.backward()
-    total += loss.detach()
+    total = total + loss.detach()
   return total
 
 
@@ -260,11 +289,25 @@ def with_higher(model: torch.nn.Module, rate: float, steps: int) -> Run:
   return lambda episodes: _summed(episodes, query_loss)
 
 
+def _learn2learn_maml() -> Any:
+  """Their MAML without importing the rest of their package.
+
+  That wants compiled readers of data, which its source (2023) no longer builds
+  for Python 3.11, gym and torchvision; none of them takes part in MAML.
+  """
+  found = importlib.util.find_spec('learn2learn')
+  assert found is not None and found.submodule_search_locations
+  root = pathlib.Path(found.submodule_search_locations[0])
+  for name in ('learn2learn', 'learn2learn.algorithms'):
+    shell = types.ModuleType(name)
+    shell.__path__ = [str(root.joinpath(*name.split('.')[1:]))]
+    sys.modules.setdefault(name, shell)
+  return importlib.import_module('learn2learn.algorithms.maml').MAML
+
+
 def with_learn2learn(model: torch.nn.Module, rate: float, steps: int) -> Run:
   """learn2learn's MAML (Arnold et al. 2020), its loop over tasks."""
-  from learn2learn.algorithms import MAML
-
-  maml = MAML(model, lr=rate, first_order=False)
+  maml = _learn2learn_maml()(model, lr=rate, first_order=False)
 
   def query_loss(support, label, query, query_label):
     fast = maml.clone()
