@@ -130,17 +130,18 @@ def test_the_meta_gradient_is_the_peers(name, peer, config, meta_gradients):
   if importlib.util.find_spec(peer) is None and peer not in fewshot.FUNC:
     pytest.skip(f'{peer} is not installed: ./launch/peers.sh')
   from experiments.benchmarks import maml_in_torch as peers
+  from experiments.benchmarks import torch_models
 
   made, value, grads = meta_gradients[name]
   model = fewshot.torch_model(name, config, peer, made.params)
   model = model.double()
-  peers.copy_into(model, made.params)  # again, now in float64
+  torch_models.copy_into(model, made.params)  # again, now in float64
   row = fewshot.ROWS[name]
   rate = config.inner_lr if row.layers is None else config.lora_lr
   compute = peers.WAYS[peer](model, rate, row.steps)
-  episodes = peers.episodes(made.batches[0])
+  episodes = torch_models.episodes(made.batches[0])
   np.testing.assert_allclose(float(compute(episodes)), value, rtol=1e-10)
-  theirs, expected = dict(model.named_parameters()), peers.places(grads)
+  theirs, expected = dict(model.named_parameters()), torch_models.places(grads)
   moving = {key for key, leaf in theirs.items() if leaf.requires_grad}
   assert moving == set(expected)
   for key, (leaf, layout) in expected.items():

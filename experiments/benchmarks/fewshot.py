@@ -22,42 +22,21 @@ import dataclasses
 import importlib.util
 import json
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import fmeta
-from experiments import minilm
+from experiments.benchmarks.maml_problems import ROWS, lora_layers, problem
 from experiments.benchmarks.paired import Contender, compare
 from experiments.run import use_host_devices
-from fmeta import adapters, models, optim, pretrained, sharding, train
+from fmeta import optim, pretrained, sharding, train
 from fmeta.workdir import Context
 
 FUNC = ('func_vmap', 'func_loop')
 PEERS = (*FUNC, 'higher', 'learn2learn', 'torchopt')
-
-
-class Row(NamedTuple):
-  """What is adapted in how many inner steps.
-
-  Attributes:
-    steps: of the inner loop.
-    layers: how many of MiniLM's last layers get factors, 0 for all of them;
-      None: the model is Conv4.
-  """
-
-  steps: int
-  layers: int | None = None
-
-
-ROWS = {
-  'conv4_1': Row(1),
-  'conv4_5': Row(5),
-  'lora_last_two': Row(3, 2),
-  'lora_all': Row(3, 0),
-}
 
 
 @dataclasses.dataclass
@@ -69,7 +48,7 @@ class Config:
   pairs: int = 10
   batches: int = 2  # a timing has one meta-step on each
   devices: int = 0  # host devices of fmeta's process; 0: one a core
-  chunk: int = 2  # tasks at a time and device, 0: all; FACTS' prototype had 2
+  chunk: int = 2  # tasks at a time and device, 0: all; a prototype's best
   ways: int = 5
   shots: int = 1
   outer_lr: float = 1e-3
@@ -102,100 +81,6 @@ SMALL = {
   'max_length': 6,
   'lora_rank': 2,
 }
-
-
-class Problem(NamedTuple):
-  """A row: what is minimised, what moves outside, from where, and on what.
-
-  Attributes:
-    loss: of meta-batches; its derivative is the meta-gradient.
-    tuning: of the outer step.
-    params: where both sides start, factors included.
-    batches: meta-batches of numpy arrays [tasks, rows, ...].
-  """
-
-  loss: fmeta.LossFn
-  tuning: fmeta.Tuning
-  params: Any
-  batches: list[dict]
-
-
-def images(config: Config) -> list[dict]:
-  """Meta-batches of noise: only shapes matter to a timing."""
-  random = np.random.default_rng(0)
-
-  def part(each):
-    rows = config.ways * each
-    label = np.repeat(np.arange(config.ways, dtype=np.int32), each)
-    return {
-      'image': random.random((config.tasks, rows, 28, 28, 1), np.float32),
-      'label': np.tile(label, (config.tasks, 1)),
-    }
-
-  return [
-    {'support': part(config.shots), 'query': part(config.queries)}
-    for _ in range(config.batches)
-  ]
-
-
-def texts(config: Config, vocabulary: int) -> list[dict]:
-  """Meta-batches of random tokens, a quarter to all of `max_length` long."""
-  random, width = np.random.default_rng(0), config.max_length
-
-  def part(each):
-    shape = config.text_tasks, config.ways * each
-    length = random.integers(-(-width // 4), width + 1, (*shape, 1))
-    mask = (np.arange(width) < length).astype(np.int32)
-    ids = random.integers(1, vocabulary, mask.shape).astype(np.int32)
-    label = np.repeat(np.arange(config.ways, dtype=np.int32), each)
-    return {
-      'input_ids': ids * mask,
-      'attention_mask': mask,
-      'label': np.tile(label, (shape[0], 1)),
-    }
-
-  return [
-    {'support': part(config.shots), 'query': part(config.text_queries)}
-    for _ in range(config.batches)
-  ]
-
-
-def meta_loss(config: Config, row: Row, forward, rate, tuning, devices):
-  """MAML's loss with plain SGD inside."""
-  loss = fmeta.supervised(forward, fmeta.softmax_cross_entropy)
-  inner = fmeta.finetune(loss, optim.sgd(rate), tuning=tuning)
-  over = fmeta.in_chunks(config.chunk * devices) if config.chunk else jax.vmap
-  return fmeta.episode_loss(inner, loss, row.steps, over=over)
-
-
-def problem(name: str, config: Config, devices: int = 1) -> Problem:
-  """The named row."""
-  row = ROWS[name]
-  if row.layers is not None:
-    return _lora_problem(row, config, devices)
-  module, batches = models.Conv4(config.ways, config.filters), images(config)
-  example = {'image': batches[0]['support']['image'][0]}
-  params, _ = models.init(module, jax.random.key(0), example, models.IMAGE)
-  forward, tuning = models.forward(module, models.IMAGE), fmeta.full()
-  loss = meta_loss(config, row, forward, config.inner_lr, tuning, devices)
-  return Problem(loss, tuning, params, batches)
-
-
-def _lora_problem(row: Row, config: Config, devices: int) -> Problem:
-  module, params, _ = minilm.load_model(config.model, config.ways, 0)
-  layers, rank = lora_layers(row, module.config.num_layers), config.lora_rank
-  kernels = rf'body/layer_({"|".join(map(str, layers))})/.*kernel'
-  params = adapters.lora_init(params, jax.random.key(1), (kernels,), rank)
-  inner = fmeta.lora(kernels, rank=rank, also=('head/.*',))
-  forward = models.forward(module)
-  loss = meta_loss(config, row, forward, config.lora_lr, inner, devices)
-  outer = fmeta.select(r'.*\.lora_[ab]', 'head/.*')
-  return Problem(loss, outer, params, texts(config, module.config.vocab_size))
-
-
-def lora_layers(row: Row, count: int) -> list[int]:
-  """Numbers of the adapted layers of `count`."""
-  return list(range(count))[-(row.layers or count) :]
 
 
 class Stepper:
@@ -237,13 +122,13 @@ class Stepper:
       raise RuntimeError('a batch of the same shapes was compiled again')
 
 
-def make_fmeta(name: str, config: Config) -> Stepper:
+def make_fmeta(row: str, config: Config) -> Stepper:
   """Ours, in a process of its own."""
   # A program from the cache would say nothing about compilation.
   jax.config.update('jax_enable_compilation_cache', False)
   devices = config.devices or cores()
   use_host_devices(f'data:{devices}')
-  return Stepper(name, config, devices)
+  return Stepper(row, config, devices)
 
 
 def cores() -> int:
@@ -253,39 +138,42 @@ def cores() -> int:
 
 def torch_model(name: str, config: Config, peer: str, params: Any) -> Any:
   """The row's model in torch with our weights; what moves wants a gradient."""
-  from experiments.benchmarks import maml_in_torch as peers
+  from experiments.benchmarks import torch_models
 
   row = ROWS[name]
   if row.layers is None:
-    model = peers.Conv4(config.ways, config.filters, peer)
+    model = torch_models.Conv4(config.ways, config.filters, peer)
   else:
     count = sum(part.startswith('layer_') for part in params['body'])
     layers = lora_layers(row, count)
     folder = pretrained.find(config.model)
-    model = peers.LoraBert(folder, layers, config.lora_rank, config.ways)
-  peers.copy_into(model, params)
+    model = torch_models.LoraBert(folder, layers, config.lora_rank, config.ways)
+  torch_models.copy_into(model, params)
   return model
 
 
-def make_torch(name: str, config: Config, peer: str) -> Any:
-  """A peer, in a process of its own."""
+def make_torch(
+  row: str, config: Config, peer: str, params: Any, batches: list[dict]
+) -> Any:
+  """A peer, in a process of its own that computes nothing in JAX."""
   import torch
 
   from experiments.benchmarks import maml_in_torch as peers
+  from experiments.benchmarks.torch_models import episodes
 
   torch.set_num_threads(cores())
-  made, row = problem(name, config), ROWS[name]
-  model = torch_model(name, config, peer, made.params)
-  rate = config.inner_lr if row.layers is None else config.lora_lr
-  meta_gradient = peers.WAYS[peer](model, rate, row.steps)
+  steps, layers = ROWS[row]
+  model = torch_model(row, config, peer, params)
+  rate = config.inner_lr if layers is None else config.lora_lr
+  meta_gradient = peers.WAYS[peer](model, rate, steps)
   leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
   optimizer = torch.optim.Adam(leaves, config.outer_lr, fused=True)
-  batches = [peers.episodes(batch) for batch in made.batches]
+  tensors = [episodes(batch) for batch in batches]
 
   def run(steps: int) -> None:
     for k in range(steps):
       optimizer.zero_grad()
-      meta_gradient(batches[k % len(batches)])
+      meta_gradient(tensors[k % len(tensors)])
       optimizer.step()
 
   return run
@@ -317,9 +205,16 @@ def peers_of(name: str, config: Config) -> list[str]:
 def measure(name: str, config: Config) -> list[dict]:
   """The lines of a row: ours and each peer in turn."""
   lines, steps = [], config.batches
-  ours = Contender('fmeta', make_fmeta, name=name, config=config)
+  made = problem(name, config)
+  shared: dict[str, Any] = {
+    'row': name,
+    'config': config,
+    'params': jax.tree.map(np.asarray, made.params),
+    'batches': made.batches,
+  }
+  ours = Contender('fmeta', make_fmeta, row=name, config=config)
   for peer in peers_of(name, config):
-    theirs = Contender(peer, make_torch, name=name, config=config, peer=peer)
+    theirs = Contender(peer, make_torch, peer=peer, **shared)
     ratio = compare(ours, theirs, config.pairs, steps)
     theirs.close()
     line: dict[str, Any] = {
