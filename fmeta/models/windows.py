@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -106,7 +107,7 @@ def _linear(name: str, run: Any) -> Primitive:
     out = jax.eval_shape(
       functools.partial(run, **static), jax.ShapeDtypeStruct(x.shape, x.dtype)
     )
-    return jax.core.ShapedArray(out.shape, out.dtype)
+    return ShapedArray(out.shape, out.dtype)
 
   def batched(args, axes, **static):
     (x,), (axis,) = args, axes
