@@ -39,10 +39,27 @@ INIT, ADAPT, QUERY = range(3)
 
 
 def in_chunks(size: int) -> Over:
-  """`vmap` over `size` tasks at a time, one chunk after the other."""
+  """`vmap` over `size` tasks at a time, one chunk after the other.
+
+  Where `size` divides the tasks, a chunk's are equally far apart: with tasks
+  split over the devices of a mesh each device has its share of every chunk, if
+  their number divides `size`, and none waits or fetches.
+  """
 
   def over(fun):
-    return lambda *args: jax.lax.map(lambda xs: fun(*xs), args, batch_size=size)
+    def run(*args):
+      count = jax.tree.leaves(args)[0].shape[0]
+      if count % size:
+        return jax.lax.map(lambda xs: fun(*xs), args, batch_size=size)
+      chunks = jax.tree.map(
+        lambda x: x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), args
+      )
+      outs = jax.lax.map(lambda xs: jax.vmap(fun)(*xs), chunks)
+      return jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), outs
+      )
+
+    return run
 
   return over
 

@@ -24,7 +24,7 @@ pip_install -U -r "$scratch/runtime.in"
 freeze >launch/requirements.lock
 cp launch/requirements.lock "$scratch/known"
 
-for name in requirements-test requirements-oracles; do
+for name in requirements-test requirements-oracles requirements-peers; do
   pip_install -c "$scratch/known" -r "launch/$name.in"
   comm -13 <(sort "$scratch/known") <(freeze | sort) |
     sort -f >"launch/$name.lock"

@@ -18,6 +18,14 @@ def counting(size):
   return run
 
 
+def holding(size):
+  def run(steps):
+    held = b'1' * size  # written, so resident
+    assert len(held) == size
+
+  return run
+
+
 def failing(size):
   raise ValueError(f'size {size} is bad')
 
@@ -55,6 +63,18 @@ def test_contenders_take_turns_and_end():
   for contender in (first, second):
     contender.close()
     assert contender._process.exitcode == 0
+
+
+def test_a_contender_reports_its_own_memory_and_its_first_step():
+  most = 300 * 2**20
+  contender = Contender('large', holding, size=most)
+  assert contender.first_seconds is None
+  contender.seconds(1)
+  first = contender.first_seconds
+  contender.seconds(2)
+  contender.close()
+  assert contender.first_seconds == first > 0
+  assert most < contender.peak_bytes < 5 * most
 
 
 def test_a_contender_that_cannot_start_says_why():

@@ -46,7 +46,9 @@ def test_the_locks_cover_what_the_package_needs():
   assert needed <= set(pins('requirements'))
 
 
-@pytest.mark.parametrize('name', ['requirements-test', 'requirements-oracles'])
+@pytest.mark.parametrize(
+  'name', ['requirements-test', 'requirements-oracles', 'requirements-peers']
+)
 def test_a_lock_covers_what_it_was_made_from(name):
   wanted = names_in((LAUNCH / f'{name}.in').read_text().split())
   assert wanted <= set(pins(name))

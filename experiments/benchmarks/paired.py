@@ -7,6 +7,10 @@ neither holds a core nor shares an allocator.
 """
 
 import multiprocessing
+import pathlib
+import re
+import resource
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -39,6 +43,20 @@ class Ratio(NamedTuple):
   pairs: int
 
 
+def peak_bytes() -> int:
+  """The most memory this process has held resident, its high-water mark.
+
+  On Linux that of this address space: `ru_maxrss` is also what the parent held
+  when it forked.
+  """
+  status = pathlib.Path('/proc/self/status')
+  text = status.read_text() if status.exists() else ''
+  if found := re.search(r'VmHWM:\s+(\d+) kB', text):
+    return int(found[1]) * 1024
+  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return most if sys.platform == 'darwin' else most * 1024
+
+
 def _serve(pipe: Connection, make: Make, arguments: dict[str, Any]) -> None:
   try:
     run = make(**arguments)
@@ -49,7 +67,7 @@ def _serve(pipe: Connection, make: Make, arguments: dict[str, Any]) -> None:
   while (steps := pipe.recv()) is not None:
     began = time.perf_counter()
     run(steps)
-    pipe.send((time.perf_counter() - began) / steps)
+    pipe.send(((time.perf_counter() - began) / steps, peak_bytes()))
 
 
 class Contender:
@@ -60,6 +78,10 @@ class Contender:
     make: a module-level function, see `Make`.
     **arguments: for it; pickled.
 
+  Attributes:
+    first_seconds: of its first step, which compiles; None before it.
+    peak_bytes: high-water mark of its memory after its latest steps.
+
   Raises:
     UsageError: if it could not be made.
   """
@@ -67,6 +89,8 @@ class Contender:
   def __init__(self, name: str, make: Make, **arguments: Any):
     context = multiprocessing.get_context('spawn')
     self.name = name
+    self.first_seconds: float | None = None
+    self.peak_bytes = 0
     self._pipe, child = context.Pipe()
     self._process = context.Process(
       target=_serve, args=(child, make, arguments), daemon=True
@@ -89,7 +113,10 @@ class Contender:
   def seconds(self, steps: int) -> float:
     """Seconds per step of so many steps."""
     self._pipe.send(steps)
-    return self._receive()
+    seconds, self.peak_bytes = self._receive()
+    if self.first_seconds is None:
+      self.first_seconds = seconds * steps
+    return seconds
 
   def close(self) -> None:
     """Lets the process end."""

@@ -2,9 +2,9 @@
 
 Second-order MAML differentiates a convolution twice, and per-task weights
 under `vmap` turn it into a grouped one; XLA's CPU convolution is 6-8x slower
-than need be on the first and far worse on the second. Shifted strided slices
+than need be on the first and far worse on the second. Windows (`windows.py`)
 and one matrix product have neither problem: all their derivatives are
-products and pads again.
+products, windows and sums of pads again.
 """
 
 from typing import Any
@@ -14,30 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fmeta.errors import UsageError
+from fmeta.models.windows import windows
 from fmeta.types import Array
 
 NORMS = ('transductive', 'running')
-
-
-def patches(x: Array, size: int, stride: int) -> Array:
-  """SAME-padded windows, [B, H, W, C] -> [B, H', W', size * size * C].
-
-  A window's entries are ordered (row, column, channel), as a reshaped HWIO
-  kernel's are, and H' = ceil(H / stride).
-  """
-  height, width = x.shape[1:3]
-  pads = jax.lax.padtype_to_pads(
-    (height, width), (size, size), (stride, stride), 'SAME'
-  )
-  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-  rows, columns = -(-height // stride), -(-width // stride)
-
-  def shifted(i, j):
-    last = (i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1)
-    return x[:, i : last[0] : stride, j : last[1] : stride]
-
-  windows = [shifted(i, j) for i in range(size) for j in range(size)]
-  return jnp.concatenate(windows, axis=-1)
 
 
 class MatmulConv(nn.Module):
@@ -67,10 +47,15 @@ class MatmulConv(nn.Module):
       (self.size, self.size, x.shape[-1], self.features),
     )
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    windows = patches(x, self.size, self.stride)
+    patches = windows(x, self.size, self.stride)
+    # One leading axis: over three of them XLA on CPU copies the gradient of
+    # the outputs into transposed order before it makes the kernel's.
     product = (self.dot_general or jax.lax.dot_general)(
-      windows, kernel.reshape(-1, self.features), (((3,), (0,)), ((), ()))
+      patches.reshape(-1, patches.shape[-1]),
+      kernel.reshape(-1, self.features),
+      (((1,), (0,)), ((), ())),
     )
+    product = product.reshape(*patches.shape[:-1], self.features)
     return product + bias.reshape(1, 1, 1, -1)
 
 
