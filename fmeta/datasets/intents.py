@@ -83,11 +83,8 @@ def episodic_folds(
   if fold not in FOLDS:
     raise UsageError(f'{dataset}: no fold {fold!r}; the folds are 1 to 5')
   folder = _local(dataset, f'episodic/{fold:02d}', data_dir)
-  pooled = {
-    key: np.concatenate([splits[s][key] for s in SPLITS if s in splits])
-    for key in splits['train']
-  }
-  names = pooled['intent'].astype(str)
+  columns = pooled(splits)
+  names = columns['intent'].astype(str)
   out, seen = {}, set()
   for split in SPLITS:
     path = folder / f'labels.{split.replace("validation", "valid")}.txt'
@@ -100,8 +97,16 @@ def episodic_folds(
       )
     seen |= set(intents)
     chosen = np.isin(names, intents)
-    out[split] = {key: column[chosen] for key, column in pooled.items()}
+    out[split] = {key: column[chosen] for key, column in columns.items()}
   return out
+
+
+def pooled(splits: dict[str, base.Columns]) -> base.Columns:
+  """All examples in scope: train, validation (if any) and test in a row."""
+  return {
+    key: np.concatenate([splits[s][key] for s in SPLITS if s in splits])
+    for key in splits['train']
+  }
 
 
 def _lines(path: pathlib.Path) -> list[str]:
