@@ -1,6 +1,5 @@
 """The few-shot intent table at its small setting, and what its rows move."""
 
-import dataclasses
 import json
 import math
 
@@ -8,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+import fmeta
 from experiments import run as job
 from experiments.fewshot import intent_methods, intents, text_table, text_task
-from fmeta import fewshot, tree
+from fmeta import baselines, tree
 from fmeta.datasets import banking77
-from fmeta.evaluate import evaluate_episodes
 from fmeta.workdir import Context
 
 NAMES = [f'intent_{index:02d}' for index in range(18)]
@@ -105,42 +104,51 @@ def test_the_outer_loop_moves_what_the_inner_one_does_but_for_the_head(bench):
   assert not bench.start['head']['kernel'].any()
 
 
-def test_every_meta_loss_takes_a_meta_batch_of_episodes(bench):
+def test_meta_losses_without_a_row_in_the_small_setting_take_episodes(bench):
   methods = intent_methods.Methods(bench)
-  for name in set(intent_methods.INNER) - set(intent_methods.UNTRAINED):
+  losses = {
+    'Proto-MAML': methods.families['block from prototypes'].loss(),
+    'Reptile': fmeta.reptile_loss(methods.families['block'].inner(), 1),
+  }
+  for name, loss in losses.items():
     family = methods.families[intent_methods.INNER[name]]
-    learner = methods.outer(name)
-    state = learner.init(family.start(0), jax.random.key(0))
     batch = bench.train_tasks(0, whole=name == 'Reptile')(0)
-    after, aux = jax.eval_shape(learner.step, state, batch, jax.random.key(0))
-    assert aux.metrics['loss'].shape == ()
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    value, aux = jax.eval_shape(
+      loss, family.start(0), {}, batch, jax.random.key(0)
+    )
+    assert value.shape == () and aux.weight.shape == ()
 
 
 def test_one_step_of_a_zero_head_and_an_untrained_protonet_are_nearest_mean(
   bench,
 ):
-  # One shot: W_k = rate / 5 (x_k - mean of the five), so logits differ from
-  # the cosines by what all classes share.
-  reference = text_task.nearest_mean(bench)
-  assert 0.2 < reference.mean() < 1
+  # States of a random model are nearly one vector.
+  hidden = bench.columns['hidden']
+  noise = np.random.default_rng(0).normal(size=hidden.shape)
+  bench.columns['hidden'] = noise.astype(np.float32)
+  batch = bench.held_out('test')[0]
+  nearest = baselines.nearest_mean_episodes(
+    bench.embed, baselines.nearest_mean_cosine, 5
+  )
+  cosine = np.asarray(jax.jit(nearest)(bench.start, batch, None))
+  assert cosine.std(-1).max() > 1e-3
+  # One shot, W = 0: W_k becomes rate / 5 (x_k - mean of the five), so logits
+  # are rate / 5 times the cosines but for what all classes share.
   family = intent_methods.families_of(bench)['norms']
   params = family.start(0)
   hyper = tree.map_with_name(
     lambda name, rate: rate if name.startswith('head/') else rate - 40.0,
     params['hyper'],
   )
-  held_out = bench.held_out('test')
-  right = family.accuracies({**params, 'hyper': hyper}, held_out, 1.0)
-  np.testing.assert_array_equal(right[:, 0], reference)
-  config = dataclasses.replace(bench.config)
-  predict = fewshot.predict_head(
-    fewshot.cosine_prototypes(config.scale), bench.unit, config.ways
+  logits = family.predict({**params, 'hyper': hyper}, batch)[:, 0]
+  np.testing.assert_allclose(
+    logits - logits.mean(-1, keepdims=True),
+    bench.config.head_rate / 5 * (cosine - cosine.mean(-1, keepdims=True)),
+    atol=1e-4,
   )
-  untrained = evaluate_episodes(
-    predict, {'body': bench.start['body']}, held_out.__getitem__, 20
-  )
-  np.testing.assert_array_equal(untrained, reference)
+  predict = intent_methods.Methods(bench).by_prototypes
+  logits = jax.jit(predict)({'body': bench.start['body']}, batch, None)
+  np.testing.assert_allclose(logits, 10 * cosine, atol=1e-4)
 
 
 @pytest.mark.parametrize(

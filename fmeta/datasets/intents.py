@@ -4,7 +4,7 @@ BANKING77 and CLINC150 come with the same two sets of files, read from a local
 copy: the 5- and 10-shot training files of Few-Shot-Intent-Detection
 (https://github.com/jianguoz/Few-Shot-Intent-Detection), and the five folds of
 disjoint train, validation and test intents of ProtAugment (Dopierre et al.
-2021, https://arxiv.org/abs/2105.12995, section 5.1).
+2021, https://arxiv.org/abs/2105.12995).
 """
 
 import os
