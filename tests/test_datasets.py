@@ -319,10 +319,10 @@ def test_clinc150_few_shot_and_folds_use_the_same_labels(toy_clinc):
 
 def test_a_missing_fold_is_named(toy_clinc):
   splits = clinc150.load(toy_clinc)
-  with pytest.raises(UsageError, match='episodic/06 .*--data_dir=FOLDER'):
-    clinc150.episodic_folds(splits, 6, toy_clinc)
-  with pytest.raises(UsageError, match='few_shot/train_7'):
-    clinc150.few_shot(splits, 7)
+  with pytest.raises(UsageError, match='episodic/02 .*--data_dir=FOLDER'):
+    clinc150.episodic_folds(splits, 2, toy_clinc)
+  with pytest.raises(UsageError, match='few_shot/train_10'):
+    clinc150.few_shot(splits, 10)
 
 
 def test_original_clinc150_has_the_recorded_checksums(shared_data):
@@ -336,7 +336,7 @@ def test_no_data_set_needs_tensorflow(tmp_path):
   code = (
     'import sys\n'
     'from fmeta.datasets import clinc150, digits, docparams, mnist, omniglot\n'
-    'from fmeta.datasets import sst2, trec\n'
+    'from fmeta.datasets import banking77, intents, sst2, trec\n'
     f'print(len(digits.load(cache_dir={str(tmp_path)!r})["test"]["label"]))\n'
     'print("tensorflow" in sys.modules)'
   )

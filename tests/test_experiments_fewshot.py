@@ -209,7 +209,7 @@ def test_docparams_maml_runs_every_kind_of_row(tmp_path, tiny_bert, few_texts):
 
 def test_classes_are_split_by_name_and_disjoint(tmp_path, tiny_bert, few_texts):
   config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny_bert))
-  bench = names.Bench(config, Context(tmp_path))
+  bench = names.open_bench(config, Context(tmp_path))
   flat = [name for split in bench.classes.values() for name in split]
   assert sorted(flat) == sorted(f'p{index}' for index in range(60))
   assert len(set(flat)) == len(flat)
@@ -221,8 +221,8 @@ def test_zero_steps_of_a_zero_head_know_nothing_and_rates_move_it(
   tmp_path, tiny_bert, few_texts
 ):
   config = docparams_maml.Config(**docparams_maml.SMALL, model=str(tiny_bert))
-  bench = names.Bench(config, Context(tmp_path))
-  family = names.Family(bench, head_only=True)
+  bench = names.open_bench(config, Context(tmp_path))
+  family = docparams_maml.families_of(bench)[True]
   params, batch = family.start(0), bench.held_out('test')[0]
   query = jax.tree.map(lambda x: x[0], batch['query'])
   logits = jax.jit(bench.classify)(params['model'], {}, query, None)[0]
@@ -236,8 +236,8 @@ def test_only_meta_sgd_moves_the_inner_rates(tmp_path, tiny_bert, few_texts):
     **docparams_maml.SMALL, model=str(tiny_bert)
   )
   config = dataclasses.replace(small_config, iterations=2)
-  bench = names.Bench(config, Context(tmp_path))
-  family = names.Family(bench, head_only=True)
+  bench = names.open_bench(config, Context(tmp_path))
+  family = docparams_maml.families_of(bench)[True]
   start = family.start(0)['hyper']['head']['kernel']
   rates = {
     method: float(
@@ -257,6 +257,6 @@ def test_an_unknown_method_is_refused_with_those_that_exist(
   config = docparams_maml.Config(
     **{**docparams_maml.SMALL, 'methods': ('maml',)}, model=str(tiny_bert)
   )
-  bench = names.Bench(config, Context(tmp_path))
+  bench = names.open_bench(config, Context(tmp_path))
   with pytest.raises(UsageError, match="no method 'maml'; possible: fine-t"):
     docparams_maml.run_methods(bench)

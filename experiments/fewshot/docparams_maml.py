@@ -28,17 +28,18 @@ Expected and measured: experiments/README.md.
 import dataclasses
 
 import jax
-import numpy as np
 
 import fmeta
-from experiments.common import Seeds, best_setting, placement, trial
-from experiments.fewshot.names import SPLITS, Bench, Family
-from fmeta import baselines, data, evaluate, metrics, optim, train, tree
+from experiments.common import Seeds, trial
+from experiments.fewshot import text_table, text_task
+from experiments.fewshot.names import SPLITS, open_bench
+from experiments.fewshot.text_family import Family, choose_and_test, cost_of
+from experiments.fewshot.text_table import REFERENCE
+from experiments.fewshot.text_task import Bench
+from fmeta import optim
 from fmeta.pretrained import MINILM
-from fmeta.report import Line, Panel, Row, curves, terminal_table
+from fmeta.report import Panel, curves, terminal_table
 from fmeta.workdir import Context
-
-REFERENCE = 'nearest class mean'
 
 
 @dataclasses.dataclass
@@ -99,13 +100,23 @@ SMALL = {
 }
 
 
+def families_of(bench: Bench) -> dict[bool, Family]:
+  """Inner learners; True: the head alone."""
+  config = bench.config
+  rates = (('head/.*', config.head_rate), ('.*', config.norm_rate))
+  patterns = (config.adapted, 'head/.*')
+  return {
+    alone: Family(bench, fmeta.select(*patterns[alone:]), rates)
+    for alone in (False, True)
+  }
+
+
 def meta_train(family: Family, method: str, seed: int, **options):
   """Fits the outer learner; returns what `fit` does."""
   bench, config = family.bench, family.bench.config
   how = fmeta.gradients.plain
   if method == 'FOMAML':
     how = fmeta.first_order()
-  inner, steps = family.inner(how), config.inner_steps
   moves = fmeta.select('model/.*')
   if method == 'Meta-SGD':
     moves = fmeta.full()
@@ -116,69 +127,23 @@ def meta_train(family: Family, method: str, seed: int, **options):
     decay=(('hyper/.*', 0.0), *optim.DECAY),
     multipliers=rates,
   )
-  loss = fmeta.episode_loss(inner, bench.loss, steps)
-  if method == 'Reptile':
-    loss = fmeta.reptile_loss(inner, steps)
+  loss, whole = family.loss(how), method == 'Reptile'
+  if whole:
+    loss = fmeta.reptile_loss(family.inner(how), config.inner_steps)
     optimizer = optim.sgd(config.reptile_lr)
   learner = fmeta.finetune(loss, optimizer, tuning=moves)
-  tasks = bench.train_tasks(seed, whole=method == 'Reptile')
-  return train.fit(
-    learner,
-    learner.init(family.start(seed), jax.random.key(config.seed.init + seed)),
-    [train.Stage(method, tasks, config.iterations)],
-    jax.random.key(config.seed.train + seed),
-    steps_per_dispatch=config.steps_per_dispatch,
-    **options,
-    **placement(bench.context),
-  )
+  key = jax.random.key(config.seed.init + seed)
+  state = learner.init(family.start(seed), key)
+  return bench.meta_fit(method, learner, state, seed, whole=whole, **options)
 
 
 def result_of(family: Family, method: str, seed: int) -> dict:
   """Trains, chooses on validation, tests: one trial."""
-  config, params, cost = family.bench.config, family.start(seed), {}
+  params, cost = family.start(seed), {}
   if method != 'fine-tuning':
     fitted = meta_train(family, method, seed)
-    params = fitted.params
-    cost = {
-      'steps': fitted.steps,
-      'examples_per_second': fitted.examples_per_second,
-      'flops_per_step': fitted.flops_per_step,
-      'peak_bytes': fitted.peak_bytes,
-    }
-  tried = {
-    f'{factor:g} x rate, {steps} steps': float(value)
-    for factor in config.rate_factors
-    for steps, value in zip(
-      config.test_steps,
-      family.accuracies(params, 'validation', factor).mean(0),
-      strict=True,
-    )
-  }
-  chosen = best_setting(tried)
-  place = list(tried).index(chosen)
-  factor = config.rate_factors[place // len(config.test_steps)]
-  curve = family.accuracies(params, 'test', factor)
-  moving, _ = family.tuning.init(params['model'], jax.random.key(0))
-  return {
-    **cost,
-    'tried': tried,
-    'setting': chosen,
-    'correct': curve[:, place % len(config.test_steps)].tolist(),
-    'curve': curve.T.tolist(),
-    'trainable': tree.size(moving),
-  }
-
-
-def nearest_mean(bench: Bench) -> np.ndarray:
-  """Accuracy [episodes] of the frozen model, by cosine."""
-  config = bench.config
-  predict = baselines.nearest_mean_episodes(
-    bench.embed, baselines.nearest_mean_cosine, config.ways
-  )
-  held_out = bench.held_out('test')
-  return evaluate.evaluate_episodes(
-    predict, bench.start, held_out.__getitem__, config.test_episodes
-  )
+    params, cost = fitted.params, cost_of(fitted)
+  return {**cost, **choose_and_test(family, family.bench, params)}
 
 
 def run_methods(bench: Bench) -> dict[str, list[dict]]:
@@ -190,8 +155,7 @@ def run_methods(bench: Bench) -> dict[str, list[dict]]:
       raise fmeta.UsageError(
         f'no method {name!r}; possible: {", ".join(possible)}'
       )
-  families = {head: Family(bench, head) for head in (False, True)}
-  results = {}
+  families, results = families_of(bench), {}
   for name in config.methods:
     family = families[name == 'ANIL']
     results[name] = [
@@ -204,74 +168,31 @@ def run_methods(bench: Bench) -> dict[str, list[dict]]:
       )
       for seed in range(config.seeds)
     ]
-    tried = {
-      setting: round(value, 3)
-      for setting, value in results[name][0]['tried'].items()
-    }
-    print(f'{name}: validation accuracy by setting {tried}', flush=True)
+    text_table.show_grid(name, results[name][0])
   return results
 
 
 def panel(config: Config, context: Context) -> tuple[Panel, dict]:
   """Runs every row and returns the panel and its numbers."""
-  bench = Bench(config, context)
-  reference = nearest_mean(bench)
-  base = evaluate.summarize(reference)
-  rows = [Row(REFERENCE, base.mean, base.ci95, 'cosine', baseline=True)]
-  numbers = {f'fewshot/{REFERENCE}': base.mean}
-  ci95 = {f'fewshot/{REFERENCE}': base.ci95}
-  steps = config.test_steps
-  ends = [base.ci95] * len(steps)
-  lines = [Line(REFERENCE, steps, [base.mean] * len(steps), ends, True)]
-  results = run_methods(bench)
-  for name, runs in results.items():
-    right = np.array([one['correct'] for one in runs])
-    summary = evaluate.summarize(right.mean(0))
-    difference = metrics.paired_bootstrap(right, reference)
-    numbers[f'fewshot/{name}'] = summary.mean
-    ci95[f'fewshot/{name}'] = summary.ci95
-    numbers[f'fewshot/{name} minus {REFERENCE}'] = difference.mean
-    ci95[f'fewshot/{name} minus {REFERENCE}'] = difference.ci95
-    rows.append(
-      Row(
-        name,
-        summary.mean,
-        summary.ci95,
-        setting='; '.join(dict.fromkeys(one['setting'] for one in runs)),
-        trainable=runs[0]['trainable'],
-        seconds=float(np.mean([one['seconds'] for one in runs])),
-        baseline=name == 'fine-tuning',
-        difference=tuple(difference),
-      )
-    )
-    points = [
-      evaluate.summarize(point)
-      for point in np.mean([one['curve'] for one in runs], 0)
-    ]
-    lines.append(
-      Line(name, steps, [p.mean for p in points], [p.ci95 for p in points])
-    )
+  bench = open_bench(config, context)
+  reference = text_task.nearest_mean(bench)
+  table = text_table.compare(
+    'fewshot',
+    run_methods(bench),
+    reference,
+    config.test_steps,
+    ('fine-tuning',),
+  )
   shown = Panel(
     'Few-shot adaptation',
     'How fast does it adapt from a few examples?',
-    rows,
+    table.rows,
     note_of(bench),
-    curves(lines, xlabel='inner steps'),
+    curves(table.lines, xlabel='inner steps'),
     reference=REFERENCE,
     total=bench.total,
   )
-  trained = [runs[0] for runs in results.values() if 'steps' in runs[0]]
-  cost = trained[-1] if trained else {}
-  keys = ('steps', 'examples_per_second', 'flops_per_step', 'peak_bytes')
-  outcome = {
-    'metrics': numbers,
-    'ci95': ci95,
-    **{key: cost.get(key) for key in keys},
-    'trainable_parameters': rows[-1].trainable,
-    'total_parameters': bench.total,
-    'data_sha256': data.fingerprint(bench.texts),
-  }
-  return shown, outcome
+  return shown, text_table.outcome_of(table, bench)
 
 
 def note_of(bench: Bench) -> str:

@@ -44,15 +44,23 @@ def _docparams(data_dir: str | None) -> Source:
   return _kept('docparams', splits, 'text', tuple(LABELS), 'file')
 
 
+def _banking77(data_dir: str | None) -> Source:
+  from fmeta.datasets import banking77
+
+  return _intents('banking77', banking77.load(data_dir))
+
+
 def _clinc150(data_dir: str | None) -> Source:
   from fmeta.datasets import clinc150
 
-  splits = clinc150.load(data_dir)
+  return _intents('clinc150', clinc150.load(data_dir))
+
+
+def _intents(name: str, splits: Mapping[str, Mapping[str, Any]]) -> Source:
   names = {}
   for columns in splits.values():
     names.update(zip(columns['label'].tolist(), columns['intent'], strict=True))
-  classes = tuple(names[label] for label in sorted(names))
-  return _kept('clinc150', splits, 'text', classes)
+  return _kept(name, splits, 'text', tuple(names[k] for k in sorted(names)))
 
 
 def _digits(data_dir: str | None) -> Source:
@@ -90,6 +98,7 @@ def _trec(data_dir: str | None) -> Source:
 
 # Data sets that need no more than their name.
 NAMED: Mapping[str, Callable[[str | None], Source]] = {
+  'banking77': _banking77,
   'clinc150': _clinc150,
   'digits': _digits,
   'docparams': _docparams,

@@ -4,22 +4,13 @@ Larson et al. (2019), EMNLP D19-1131; `data_full.json` and `domains.json` of
 the authors' repository, whose sha256 (at commit 828f809) are recorded. Five
 texts stand in two splits, four of them with two intents; they are left as
 published.
-
-`few_shot` and `episodic_folds` read two public sets of choices among these
-examples from a local copy: the 5- and 10-shot files of
-Few-Shot-Intent-Detection and the five folds of disjoint intents of ProtAugment
-(Dopierre et al. 2021, 2105.12995).
 """
 
 import json
-import os
-import pathlib
 
-import numpy as np
 import tensorflow_datasets as tfds
 
-from fmeta.datasets import base
-from fmeta.errors import UsageError
+from fmeta.datasets import base, intents
 
 _URL = 'https://raw.githubusercontent.com/clinc/oos-eval/master/data/'
 
@@ -108,30 +99,8 @@ def few_shot(
   shots: int,
   data_dir: base.PathLike | None = None,
 ) -> base.Columns:
-  """The published training set of 5 or 10 examples per intent.
-
-  Args:
-    splits: what `load` gave; it says which label an intent has.
-    shots: 5 or 10.
-    data_dir: folder with `few_shot/train_<shots>`, or with a `clinc150/` that
-      holds it. Default: `$FMETA_DATA_DIR`.
-
-  Returns:
-    `text`, `intent`, `domain` object [150 * shots], `label` int32.
-
-  Raises:
-    UsageError: if there is no such file.
-  """
-  folder = _local(f'few_shot/train_{shots}', data_dir)
-  train = splits['train']
-  first = dict(zip(train['intent'], range(len(train['intent'])), strict=True))
-  texts = (folder / 'seq.in').read_text('utf-8').splitlines()
-  intents = (folder / 'label').read_text('utf-8').splitlines()
-  rows = np.array([first[intent] for intent in intents])
-  return {
-    'text': np.array(texts, dtype=object),
-    **{key: train[key][rows] for key in ('intent', 'domain', 'label')},
-  }
+  """`intents.few_shot` of this data set: 150 * shots rows."""
+  return intents.few_shot('clinc150', splits, shots, data_dir)
 
 
 def episodic_folds(
@@ -139,44 +108,5 @@ def episodic_folds(
   fold: int,
   data_dir: base.PathLike | None = None,
 ) -> dict[str, base.Columns]:
-  """All examples, split by the disjoint intents of one of five folds.
-
-  Args:
-    splits: what `load` gave; train, validation and test are pooled.
-    fold: 1 to 5.
-    data_dir: folder with `episodic/<fold>`, or with a `clinc150/` that holds
-      it. Default: `$FMETA_DATA_DIR`.
-
-  Returns:
-    'train', 'validation', 'test' -> the columns of `load`, 50 intents with
-    150 examples each.
-
-  Raises:
-    UsageError: if there is no such fold.
-  """
-  folder = _local(f'episodic/{fold:02d}', data_dir)
-  names = ('train', 'validation', 'test')
-  pooled = {
-    key: np.concatenate([splits[name][key] for name in names])
-    for key in splits['train']
-  }
-  files = dict(zip(names, ('train', 'valid', 'test'), strict=True))
-  out = {}
-  for name, file in files.items():
-    intents = (folder / f'labels.{file}.txt').read_text('utf-8').split()
-    chosen = np.isin(pooled['intent'].astype(str), intents)
-    out[name] = {key: column[chosen] for key, column in pooled.items()}
-  return out
-
-
-def _local(name: str, data_dir: base.PathLike | None) -> pathlib.Path:
-  data_dir = data_dir or os.environ.get('FMETA_DATA_DIR')
-  path = base.find(
-    pathlib.Path(data_dir).expanduser() if data_dir else None, 'clinc150', name
-  )
-  if path is None:
-    raise UsageError(
-      f'clinc150: {name} is not in {data_dir or "any local copy"}; give the '
-      'folder that holds it as --data_dir=FOLDER'
-    )
-  return path
+  """`intents.episodic_folds` of this data set: 50 intents in each split."""
+  return intents.episodic_folds('clinc150', splits, fold, data_dir)
