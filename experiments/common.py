@@ -7,11 +7,21 @@ from typing import Any
 
 import jax
 
-from fmeta import sharding
+from fmeta import gradients, sharding
 from fmeta.config import Seeds
+from fmeta.errors import UsageError
+from fmeta.types import ValueAndGrad
 from fmeta.workdir import Context
 
-__all__ = ['Seeds', 'best_setting', 'fit_options', 'placement', 'trial']
+__all__ = [
+  'Seeds',
+  'best_setting',
+  'data_devices',
+  'fit_options',
+  'in_turn',
+  'placement',
+  'trial',
+]
 
 
 def placement(context: Context) -> dict[str, Any]:
@@ -28,6 +38,33 @@ def fit_options(context: Context) -> dict[str, Any]:
     'resume': context.resume,
     **placement(context),
   }
+
+
+def data_devices(context: Context) -> int:
+  """How many devices of the mesh share the rows of a batch."""
+  axes = sharding.parse_mesh(context.mesh) if context.mesh else {}
+  return axes.get('data', 1)
+
+
+def in_turn(tasks: int, chunk: int, devices: int) -> ValueAndGrad:
+  """The gradient of a meta-batch, `chunk` tasks at a time on each device.
+
+  Args:
+    tasks: of a meta-batch.
+    chunk: 0: all at once.
+    devices: that share the tasks.
+
+  Raises:
+    UsageError: if the tasks do not divide so.
+  """
+  if not chunk:
+    return gradients.plain
+  if tasks % (chunk * devices):
+    raise UsageError(
+      f'{tasks} tasks do not divide over {devices} device(s) in chunks of '
+      f'{chunk}; choose another --config.chunk'
+    )
+  return gradients.accumulate(tasks // chunk, lanes=devices)
 
 
 def trial(

@@ -183,7 +183,10 @@ def first_order(value_and_grad: ValueAndGrad = plain) -> ValueAndGrad:
 
 
 def accumulate(
-  num_microbatches: int, value_and_grad: ValueAndGrad = plain
+  num_microbatches: int,
+  value_and_grad: ValueAndGrad = plain,
+  *,
+  lanes: int = 1,
 ) -> ValueAndGrad:
   """Sums gradients over microbatches, exact for unequal weights.
 
@@ -192,51 +195,81 @@ def accumulate(
   the mean of means. Model state is threaded through the microbatches in
   order; outputs are concatenated again.
 
+  Of a loss of episodes it makes chunks of tasks: each chunk is differentiated
+  before the next begins, so nothing of a task is kept beyond its gradient.
+  (`in_chunks` maps tasks inside the loss, so that a derivative keeps every
+  chunk's values.)
+
   Args:
     num_microbatches: divides the leading axis of every array of the batch.
     value_and_grad: how each microbatch is differentiated.
+    lanes: microbatches side by side, a divisor of their number. Lane j walks
+      through the j-th of as many contiguous parts of the batch, with a sum of
+      its own. On a mesh give its `data` devices: each walks through its own
+      rows, and they meet once, after the last.
 
   Raises:
-    UsageError: if the batch cannot be divided.
+    UsageError: if the batch cannot be divided, or if there is model state,
+      which has an order, and more than one lane.
   """
+  if lanes < 1 or num_microbatches % lanes:
+    raise UsageError(
+      f'{num_microbatches} microbatches do not divide into lanes={lanes}; '
+      'choose a divisor'
+    )
 
   def transform(fun):
+    def one(trainable, frozen, model_state, part, rng):
+      (loss, aux), grads = value_and_grad(fun)(
+        trainable, frozen, model_state, part, rng
+      )
+      sums = jax.tree.map(
+        lambda x: x * aux.weight, (loss, dict(aux.metrics), grads)
+      )
+      return (*sums, aux.weight), aux.model_state, aux.outputs
+
     def wrapped(trainable, frozen, model_state, batch, rng):
-      parts = jax.tree.map(lambda x: _cut(x, num_microbatches), batch)
+      if lanes > 1 and jax.tree.leaves(model_state):
+        raise UsageError(
+          f'lanes={lanes} of a model with state, which passes through the '
+          'microbatches in order; choose lanes=1'
+        )
+      parts = jax.tree.map(lambda x: _cut(x, num_microbatches, lanes), batch)
+      side_by_side = jax.vmap(one, (None, None, None, 0, 0))
 
       def body(carry, inputs):
         model_state, totals = carry
         index, part = inputs
-        (loss, aux), grads = value_and_grad(fun)(
-          trainable, frozen, model_state, part, jax.random.fold_in(rng, index)
-        )
-        sums = jax.tree.map(
-          lambda x: x * aux.weight, (loss, dict(aux.metrics), grads)
-        )
-        totals = jax.tree.map(jnp.add, totals, (*sums, aux.weight))
-        return (aux.model_state, totals), aux.outputs
+        keys = jax.vmap(lambda k: jax.random.fold_in(rng, k))(index)
+        at = trainable, frozen, model_state
+        if lanes > 1:
+          sums, _, outputs = side_by_side(*at, part, keys)
+        else:
+          part = jax.tree.map(lambda x: x[0], part)
+          found = one(*at, part, keys[0])
+          sums, outputs = jax.tree.map(lambda x: x[None], found[::2])
+          model_state = found[1]
+        return (model_state, jax.tree.map(jnp.add, totals, sums)), outputs
 
-      indices = jnp.arange(num_microbatches)
       shapes = jax.eval_shape(
         lambda: _example(fun, trainable, frozen, model_state, parts, rng)
       )
       loss, metrics, weight = shapes
       zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
+        lambda x: jnp.zeros((lanes, *x.shape), x.dtype),
         (loss, metrics, trainable, weight),
       )
+      indices = jnp.arange(num_microbatches).reshape(lanes, -1).T
       (model_state, totals), outputs = jax.lax.scan(
         body, (model_state, zeros), (indices, parts)
       )
-      loss, metrics, grads, weight = totals
+      loss, metrics, grads, weight = jax.tree.map(lambda x: x.sum(0), totals)
       # A batch of padding only has no units and moves nothing.
       scale = 1 / jnp.where(weight > 0, weight, 1)
       loss, metrics, grads = jax.tree.map(
         lambda x: x * scale, (loss, metrics, grads)
       )
-      outputs = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x, outputs
-      )
+      outputs = jax.tree.map(_joined_rows, outputs)
       return (loss, Aux(model_state, metrics, weight, outputs)), grads
 
     return wrapped
@@ -244,16 +277,27 @@ def accumulate(
   return transform
 
 
-def _cut(x, num):
+def _cut(x, num, lanes):
+  """[B, ...] -> [num / lanes, lanes, B / num, ...], each lane contiguous."""
   if x.shape[0] % num:
     raise UsageError(
       f'{num} microbatches do not divide a batch of {x.shape[0]} rows; choose '
       'a divisor'
     )
-  return x.reshape(num, x.shape[0] // num, *x.shape[1:])
+  return x.reshape(
+    lanes, num // lanes, x.shape[0] // num, *x.shape[1:]
+  ).swapaxes(0, 1)
+
+
+def _joined_rows(x):
+  """Outputs [num / lanes, lanes, rows, ...] in the batch's order."""
+  x = x.swapaxes(0, 1)
+  if x.ndim > 2:
+    return x.reshape(-1, *x.shape[3:])
+  return x.reshape(-1)
 
 
 def _example(fun, trainable, frozen, model_state, parts, rng):
-  part = jax.tree.map(lambda x: x[0], parts)
+  part = jax.tree.map(lambda x: x[0, 0], parts)
   loss, aux = fun(trainable, frozen, model_state, part, rng)
   return loss, dict(aux.metrics), aux.weight

@@ -72,7 +72,7 @@ def inner_learner(inner: Inner, params: Params) -> tuple[Learner, Params]:
 
 
 def _adapted(
-  inner, num_steps, params, model_state, support, rng, through=ways.plain
+  inner, num_steps, params, model_state, batches, rng, through=ways.plain
 ):
   learner, start = inner_learner(inner, params)
   # One key for all episodes: what a tuning adds is born the same everywhere.
@@ -81,7 +81,7 @@ def _adapted(
   state, _ = adapt(
     learner,
     state,
-    lambda _: support,
+    batches,
     rng,
     num_steps=num_steps,
     # A metric that is stacked is differentiated, too.
@@ -139,8 +139,9 @@ def episode_loss(
 
   def loss(params, model_state, batch, rng):
     def one(episode, key):
+      support = _all(episode['support'])
       learner, state = _adapted(
-        inner, num_steps, params, model_state, episode['support'], key, through
+        inner, num_steps, params, model_state, support, key, through
       )
       query_key = None if rng is None else jax.random.fold_in(key, QUERY)
       with learner.using(state) as adapted:
@@ -157,8 +158,24 @@ def episode_loss(
   return loss
 
 
+def _all(batch: Batch) -> Callable[[Array], Batch]:
+  return lambda _: batch
+
+
+def _in_turn(batch: Batch, size: int) -> Callable[[Array], Batch]:
+  """`k -> rows [size]`, one part after the other and then anew."""
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  return lambda k: jax.tree.map(
+    lambda x: x[(k * size + jnp.arange(size)) % rows], batch
+  )
+
+
 def reptile_loss(
-  inner: Inner, num_steps: int, *, over: Over = jax.vmap
+  inner: Inner,
+  num_steps: int,
+  *,
+  batch_size: int | None = None,
+  over: Over = jax.vmap,
 ) -> LossFn:
   """A loss whose gradient is Reptile's: initial minus adapted parameters.
 
@@ -167,6 +184,14 @@ def reptile_loss(
   (Nichol et al. 2018, https://arxiv.org/abs/1803.02999, eq. 28; with an SGD
   outer step of rate e it is their update p <- p + e (adapted - p).) Query
   sets are not used.
+
+  Args:
+    inner: as for `episode_loss`, with any optimiser.
+    num_steps: inner steps on the support set.
+    batch_size: rows of the support per inner step, in turn, as what Reptile
+      has of MAML comes from steps on different rows (their section 5.1). Any
+      prefix of whole shots of an episode is balanced. None: all rows.
+    over: how tasks are mapped.
   """
 
   def loss(params, model_state, batch, rng):
@@ -175,7 +200,10 @@ def reptile_loss(
     start = jax.lax.stop_gradient(params)
 
     def one(support, key):
-      _, state = _adapted(inner, num_steps, start, model_state, support, key)
+      batches = _all(support)
+      if batch_size is not None:
+        batches = _in_turn(support, batch_size)
+      _, state = _adapted(inner, num_steps, start, model_state, batches, key)
       return tree.combine(state.frozen, state.trainable)
 
     adapted = per_task(one, over, batch['support'], rng)
@@ -224,8 +252,9 @@ def predict_episodes(
 
   def predict(params, episodes, rng):
     def one(episode, key):
+      support = _all(episode['support'])
       learner, state = _adapted(
-        inner, num_steps, params, model_state, episode['support'], key
+        inner, num_steps, params, model_state, support, key
       )
       with learner.using(state) as adapted:
         return forward(adapted, state.model_state, episode['query'], None)[0]

@@ -4,20 +4,17 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import run
-from experiments.fewshot import (
-  docparams_maml,
-  names,
-  omniglot_maml,
-  omniglot_task,
-  sinusoid_maml,
-)
-from fmeta import data, scores
+from experiments.common import Seeds
+from experiments.fewshot import docparams_maml, names, sinusoid_maml
+from experiments.fewshot.omniglot import maml, task
+from fmeta import data, episodes, scores, tree
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
 from fmeta.models import forward
@@ -31,7 +28,8 @@ def text(value):
 
 def small(name, folder, **more):
   """Runs an experiment's small setting; its `result.json`."""
-  module = importlib.import_module(f'experiments.fewshot.{name}')
+  dotted = name.replace('/', '.')
+  module = importlib.import_module(f'experiments.fewshot.{dotted}')
   settings = {**module.SMALL, **more}
   words = [f'--config.{key}={text(value)}' for key, value in settings.items()]
   status = run.main(
@@ -69,7 +67,7 @@ def drawn_characters(num_classes=60, seed=0):
 @pytest.fixture
 def drawn(monkeypatch):
   monkeypatch.setattr(omniglot, 'load', lambda folder: drawn_characters())
-  monkeypatch.setattr(omniglot_task, 'CHARACTERS', 60)
+  monkeypatch.setattr(task, 'CHARACTERS', 60)
 
 
 def test_sinusoid_maml_runs_and_an_error_per_step_number_is_reported(tmp_path):
@@ -93,18 +91,16 @@ def test_sinusoid_tasks_have_the_stated_amplitude_and_phase():
     assert imaginary >= -1e-4  # sin of a phase in [0, pi]
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    'omniglot_maml',
-    'omniglot_anil',
-    'omniglot_fomaml',
-    'omniglot_maml_plus_plus',
-    'omniglot_protonet',
-  ],
+HEADS = 'protonet', 'matching', 'relation', 'r2d2'
+LOOPS = (
+  *('maml', 'fomaml', 'reptile', 'anil', 'boil', 'imaml', 'meta_sgd'),
+  *('maml_plus_plus', 'meta_curvature', 't_net', 'proto_maml'),
 )
+
+
+@pytest.mark.parametrize('name', [*LOOPS, *HEADS])
 def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
-  result = small(name, tmp_path / 'run')
+  result = small(f'omniglot/{name}', tmp_path / 'run')
   numbers = result['metrics']
   by_step = {key for key in numbers if key.startswith('accuracy_after_')}
   assert set(numbers) - by_step == {
@@ -114,11 +110,12 @@ def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
     'calibration_error',
   }
   assert all(0 <= value <= 1 for value in numbers.values())
-  adapts = name != 'omniglot_protonet'
-  assert len(by_step) == 11 * adapts
+  adapts = name in LOOPS
+  assert bool(by_step) == adapts
   assert (tmp_path / 'run' / 'steps.png').exists() == adapts
-  if name == 'omniglot_maml':  # Tested after three steps.
+  if name == 'maml':  # Tested after three steps.
     expected = numbers['accuracy_transductive']
+    assert len(by_step) == 11
     assert numbers['accuracy_after_3'] == pytest.approx(expected, abs=0.02)
   assert (tmp_path / 'run' / 'fit' / 'metrics.jsonl').exists()
   kept = scores.load(tmp_path / 'run')
@@ -127,24 +124,49 @@ def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   assert len(means) == 3
 
 
-def test_anil_leaves_the_body_where_it_is_in_the_inner_loop(
-  tmp_path, drawn, monkeypatch
-):
-  from experiments.fewshot import omniglot_anil
+@pytest.mark.parametrize('name', LOOPS)
+def test_a_meta_step_moves_what_the_method_learns(name, tmp_path, drawn):
+  module = importlib.import_module(f'experiments.fewshot.omniglot.{name}')
+  config = module.Config(**module.SMALL, seed=Seeds())
+  seen = {}
 
-  seen = []
-  monkeypatch.setattr(
-    omniglot_maml, 'run', lambda config, context, tuning: seen.append(tuning)
-  )
-  omniglot_anil.run(omniglot_anil.Config(), Context(tmp_path))
-  params = {'body': {'w': np.ones(2)}, 'head': {'kernel': np.ones(2)}}
-  moving, still = seen[0].init(params, jax.random.key(0))
-  assert set(moving) == {'head'} and set(still) == {'body'}
+  def keep(config, context, method):
+    splits = task.load(config, context)
+    source = method.source(
+      episodes.episodes(
+        splits['train'],
+        method.train_ways,
+        method.train_shots or config.shots,
+        config.queries,
+        0,
+        tasks=config.meta_batch,
+      )
+    )
+    state = method.learner.init(method.params, jax.random.key(0))
+    step = jax.jit(method.learner.step)
+    after, _ = step(state, source(0), jax.random.key(1))
+    seen['moved'] = {
+      leaf: bool((tree.get(after.trainable, leaf) != value).any())
+      for leaf, value in zip(
+        tree.names(state.trainable),
+        jax.tree.leaves(state.trainable),
+        strict=True,
+      )
+    }
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(task, 'run', keep)
+    module.run(config, Context(tmp_path))
+  still = {leaf for leaf, moved in seen['moved'].items() if not moved}
+  # A norm takes a bias away, so its rate does nothing; MAML++'s norms follow
+  # offsets.
+  dead = re.compile(r'hyper/.*(conv/bias|norm/(scale|bias))')
+  assert not {leaf for leaf in still if not dead.fullmatch(leaf)}
 
 
 def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
-  config = omniglot_maml.Config(**omniglot_maml.SMALL)
-  splits = omniglot_task.load(config, Context(tmp_path))
+  config = maml.Config(**maml.SMALL)
+  splits = task.load(config, Context(tmp_path))
   upright, validation, test = (
     set(splits[name]['label'][:600].tolist())  # the first turn comes first
     for name in ('train', 'validation', 'test')
@@ -156,11 +178,11 @@ def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
 
 
 def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
-  config = omniglot_maml.Config(filters=4)
-  transductive = forward(omniglot_task.Conv4(5, 4), ('image',))
+  config = maml.Config(filters=4)
+  transductive = forward(task.Conv4(5, 4), ('image',))
   images = drawn_characters()['background']['image']
-  params = omniglot_task.start(config, 5)
-  alone = omniglot_task.by_support(config, 5)
+  params = task.start(config, 5)
+  alone = task.by_support(config, 5)
 
   def logits(how, rows):
     batch = {'image': images[rows], 'support_image': images[100:105]}
@@ -174,9 +196,9 @@ def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
 
 
 def test_too_many_characters_are_refused_in_one_line(tmp_path, drawn):
-  config = omniglot_maml.Config(train_characters=58, validation_characters=1)
+  config = maml.Config(train_characters=58, validation_characters=1)
   with pytest.raises(UsageError, match='leave 1 of 60 to test on'):
-    omniglot_task.load(config, Context(tmp_path))
+    task.load(config, Context(tmp_path))
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ import numpy as np
 import fmeta
 from experiments.benchmarks.maml_problems import ROWS, lora_layers, problem
 from experiments.benchmarks.paired import Contender, compare
+from experiments.common import in_turn
 from experiments.run import use_host_devices
 from fmeta import optim, pretrained, sharding, train
 from fmeta.workdir import Context
@@ -48,7 +49,7 @@ class Config:
   pairs: int = 10
   batches: int = 2  # a timing has one meta-step on each
   devices: int = 0  # host devices of fmeta's process; 0: one a core
-  chunk: int = 2  # tasks at a time and device, 0: all; a prototype's best
+  chunk: int = 1  # tasks at a time and device, 0: all
   ways: int = 5
   shots: int = 1
   outer_lr: float = 1e-3
@@ -92,9 +93,13 @@ class Stepper:
   """
 
   def __init__(self, name: str, config: Config, devices: int = 1):
-    made = problem(name, config, devices)
+    made = problem(name, config)
+    tasks = len(made.batches[0]['support']['label'])
     learner = fmeta.finetune(
-      made.loss, optim.adam(config.outer_lr), tuning=made.tuning
+      made.loss,
+      optim.adam(config.outer_lr),
+      tuning=made.tuning,
+      value_and_grad=in_turn(tasks, config.chunk, devices),
     )
     state = learner.init(made.params, jax.random.key(0))
     stacked = [jax.tree.map(lambda x: x[None], each) for each in made.batches]

@@ -87,35 +87,34 @@ def texts(config: Any, vocabulary: int) -> list[dict]:
   ]
 
 
-def meta_loss(config: Any, row: Row, forward, rate, tuning, devices):
+def meta_loss(row: Row, forward, rate, tuning):
   """MAML's loss with plain SGD inside."""
   loss = fmeta.supervised(forward, fmeta.softmax_cross_entropy)
   inner = fmeta.finetune(loss, optim.sgd(rate), tuning=tuning)
-  over = fmeta.in_chunks(config.chunk * devices) if config.chunk else jax.vmap
-  return fmeta.episode_loss(inner, loss, row.steps, over=over)
+  return fmeta.episode_loss(inner, loss, row.steps)
 
 
-def problem(name: str, config: Any, devices: int = 1) -> Problem:
+def problem(name: str, config: Any) -> Problem:
   """The named row."""
   row = ROWS[name]
   if row.layers is not None:
-    return _lora_problem(row, config, devices)
+    return _lora_problem(row, config)
   module, batches = models.Conv4(config.ways, config.filters), images(config)
   example = {'image': batches[0]['support']['image'][0]}
   params, _ = models.init(module, jax.random.key(0), example, models.IMAGE)
   forward, tuning = models.forward(module, models.IMAGE), fmeta.full()
-  loss = meta_loss(config, row, forward, config.inner_lr, tuning, devices)
+  loss = meta_loss(row, forward, config.inner_lr, tuning)
   return Problem(loss, tuning, params, batches)
 
 
-def _lora_problem(row: Row, config: Any, devices: int) -> Problem:
+def _lora_problem(row: Row, config: Any) -> Problem:
   module, params, _ = minilm.load_model(config.model, config.ways, 0)
   layers, rank = lora_layers(row, module.config.num_layers), config.lora_rank
   kernels = rf'body/layer_({"|".join(map(str, layers))})/.*kernel'
   params = adapters.lora_init(params, jax.random.key(1), (kernels,), rank)
   inner = fmeta.lora(kernels, rank=rank, also=('head/.*',))
   forward = models.forward(module)
-  loss = meta_loss(config, row, forward, config.lora_lr, inner, devices)
+  loss = meta_loss(row, forward, config.lora_lr, inner)
   outer = fmeta.select(r'.*\.lora_[ab]', 'head/.*')
   return Problem(loss, outer, params, texts(config, module.config.vocab_size))
 

@@ -34,6 +34,8 @@ from fmeta.fewshot.leo import leo_init, leo_loss, leo_start, predict_leo
 from fmeta.fewshot.maml_plus_plus import (
   annealed_weights,
   multi_step_loss,
+  step_offsets,
+  step_offsets_init,
   step_rates,
   step_rates_init,
   with_step_weights,
@@ -89,6 +91,8 @@ __all__ = (
   'ridge',
   'ridge_init',
   'starting_from',
+  'step_offsets',
+  'step_offsets_init',
   'step_rates',
   'step_rates_init',
   'support_loss',

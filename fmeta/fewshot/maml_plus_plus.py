@@ -2,11 +2,13 @@
 
 https://arxiv.org/abs/1810.09502. Learned rates per layer and step are an
 optimiser (`step_rates`), the multi-step loss is a loss of episodes that carry
-its weights (`multi_step_loss`, `with_step_weights`). The other parts need
-nothing new: derivative-order annealing is two stages, the first with a learner
-of `value_and_grad=first_order()` (`train.Stage(..., learner=...)`), and the
-cosine outer rate is `optim.warmup_cosine`. Norms with statistics per step are
-not here.
+its weights (`multi_step_loss`, `with_step_weights`), and norms whose scale and
+bias depend on the step follow learned offsets (`step_offsets`). The other
+parts need nothing new: derivative-order annealing is two stages, the first
+with a learner of `value_and_grad=first_order()` (`train.Stage(...,
+learner=...)`), and the cosine outer rate is `optim.warmup_cosine`. (The
+paper's running statistics per step are collected and not used in the authors'
+code: it normalises by the batch in training and in evaluation.)
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from fmeta.meta import ADAPT, INIT, QUERY, Inner, Over, inner_learner, per_task
 from fmeta.types import Array, Aux, Batch, LossFn, Params
 
 
-class StepRatesState(NamedTuple):
+class StepsState(NamedTuple):
   """How many steps have been taken."""
 
   count: Array
@@ -58,7 +60,7 @@ def step_rates(rates: Params) -> optax.GradientTransformation:
   def init(params):
     for name in tree.names(params):
       rates_of(name)
-    return StepRatesState(jnp.zeros((), jnp.int32))
+    return StepsState(jnp.zeros((), jnp.int32))
 
   def update(updates, state, params=None):
     del params
@@ -68,7 +70,7 @@ def step_rates(rates: Params) -> optax.GradientTransformation:
       return -given[jnp.minimum(state.count, len(given) - 1)] * grad
 
     moves = tree.map_with_name(moved, updates)
-    return moves, StepRatesState(state.count + 1)
+    return moves, StepsState(state.count + 1)
 
   return optax.GradientTransformation(init, update)
 
@@ -88,6 +90,64 @@ def step_rates_init(trainable: Params, num_steps: int, rate: float) -> Params:
     raise UsageError(f'{num_steps} inner steps have no rates; give at least 1')
   return jax.tree.map(
     lambda leaf: jnp.full(num_steps, rate, leaf.dtype), trainable
+  )
+
+
+def step_offsets(offsets: Params) -> optax.GradientTransformation:
+  """Leaves that follow a learned path in the inner loop, not a gradient.
+
+    p_i after k steps = p_i + o_i[min(k, K)],   o_i[0] = 0
+
+  With norms' scales and biases these are the parameters per step of Antoniou
+  et al. 2019, section 4 (BNWB). It comes after what moves the other leaves,
+  whose updates it lets through:
+
+    optax.chain(step_rates(hyper['rates']), step_offsets(hyper['norms']))
+
+  Args:
+    offsets: a tree named like the leaves that follow, [K, ...] each: what has
+      been added after step 1, ..., K; may be traced. Those of a leaf that the
+      inner loop's tuning leaves out do nothing.
+  """
+  known = tree.names(offsets)
+
+  def init(params):
+    del params
+    return StepsState(jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    del params
+
+    def moved(name, given):
+      if name not in known:
+        return given
+      path = tree.get(offsets, name)
+      path = jnp.concatenate([jnp.zeros_like(path[:1]), path])
+      last = len(path) - 1
+      at = jnp.minimum(jnp.stack([state.count, state.count + 1]), last)
+      before, after = path[at]
+      return after - before
+
+    moves = tree.map_with_name(moved, updates)
+    return moves, StepsState(state.count + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def step_offsets_init(trainable: Params, num_steps: int) -> Params:
+  """Zeros [num_steps, ...] per leaf.
+
+  Args:
+    trainable: the leaves that shall follow, and no others.
+    num_steps: inner steps of training; later steps stay where the last was.
+
+  Raises:
+    UsageError: if there are no steps.
+  """
+  if num_steps < 1:
+    raise UsageError(f'{num_steps} inner steps have no path; give at least 1')
+  return jax.tree.map(
+    lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), trainable
   )
 
 

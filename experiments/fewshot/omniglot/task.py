@@ -1,4 +1,4 @@
-"""Omniglot's splits, and training and testing as all its methods share them.
+"""Omniglot's splits, training and testing as all methods share them.
 
 The protocol of Finn et al. 2017 (https://arxiv.org/abs/1703.03400, section 5.2
 and their code): 1,200 characters of all 1,623 to train, 100 of them for
@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 import fmeta
-from experiments.common import Seeds, fit_options
-from fmeta import data, draw, episodes, evaluate, train
+from experiments.common import Seeds, data_devices, fit_options, in_turn
+from fmeta import data, draw, episodes, evaluate, optim, train
 from fmeta.datasets import omniglot
 from fmeta.models import IMAGE, Conv4, forward, init
 from fmeta.report import Line, curves
@@ -44,6 +44,7 @@ class Task:
   queries: int = 1
   filters: int = 64
   meta_batch: int = 32
+  chunk: int = 0  # tasks at a time and device, 0: all
   outer_lr: float = 1e-3
   # The paper's 60,000 would take hours on two cores.
   iterations: int = 3000
@@ -78,6 +79,7 @@ class Method(NamedTuple):
     predict_alone: the same by those of the support, see `by_support`.
     train_ways: classes per training task.
     by_step: `predict` after 0 to `curve_steps` inner steps; None: has none.
+    train_shots: examples per class of a training task; 0: as in testing.
     source: wraps the training meta-batches, `(i -> batch) -> (i -> batch)`.
   """
 
@@ -87,6 +89,7 @@ class Method(NamedTuple):
   predict_alone: Callable
   train_ways: int
   by_step: Callable | None = None
+  train_shots: int = 0
   source: Callable = lambda batches: batches
 
 
@@ -126,6 +129,19 @@ def start(config: Task, num_classes: int | None) -> Any:
     {'image': np.zeros(side, np.float32)},
     IMAGE,
   )[0]
+
+
+def meta_learner(
+  config: Task, context: Context, loss: fmeta.LossFn, rate: Any = None
+) -> fmeta.Learner:
+  """Adam on a loss of episodes; `rate` is the config's by default."""
+  return fmeta.finetune(
+    loss,
+    optim.adam(config.outer_lr if rate is None else rate),
+    value_and_grad=in_turn(
+      config.meta_batch, config.chunk, data_devices(context)
+    ),
+  )
 
 
 def by_support(config: Task, num_classes: int | None) -> fmeta.Forward:
@@ -171,7 +187,7 @@ def run(config: Task, context: Context, method: Method) -> dict:
   source = episodes.episodes(
     splits['train'],
     method.train_ways,
-    config.shots,
+    method.train_shots or config.shots,
     config.queries,
     config.seed.data,
     tasks=config.meta_batch,
