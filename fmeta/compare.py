@@ -1,7 +1,7 @@
 """Compares two runs, or two rows of one, on the test list they share.
 
-  python -m fmeta.compare runs/fewshot/omniglot_maml/001 \\
-    runs/fewshot/omniglot_anil/001
+  python -m fmeta.compare runs/fewshot/omniglot/maml/001 \\
+    runs/fewshot/omniglot/anil/001
   python -m fmeta.compare runs/docparams/001 runs/docparams/002 \\
     --rows='finetune/full,finetune/LoRA'
 

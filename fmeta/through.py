@@ -8,6 +8,7 @@ the same, and so is every number of the forward pass.
 | `plain` | exact | all that the step computes |
 | `remat` | exact | the state that moves |
 | `mixed` | exact | the state that moves; fewer copies within a step |
+| `in_segments(n)` | exact | that state at n places, and within one segment |
 | `first_order` | inner gradients are constants | nothing, or the gradient |
 | `implicit(solve)` | of the exact minimiser | nothing |
 
@@ -69,6 +70,47 @@ def mixed(loop: Loop) -> tuple[TrainState, Any]:
   See `gradients.mixed_mode` (Kemaev et al. 2025, https://arxiv.org/abs/2505.00793).
   """
   return _scan(loop, _checkpointed(loop, gradients.mixed_mode))
+
+
+def in_segments(num_segments: int, way: Through = mixed) -> Through:
+  """Keeps the state only where each of `num_segments` parts begins.
+
+  Going back, a part is run again and goes by `way`, so of N steps
+  num_segments + N / num_segments states are held at once and not N, for the
+  price of one more inner loop without derivatives. sqrt(N) segments hold the
+  fewest (Griewank & Walther 2000, https://doi.org/10.1145/347837.347846, with
+  one level).
+
+  Args:
+    num_segments: a divisor of the number of inner steps.
+    way: how a segment is differentiated.
+
+  Raises:
+    UsageError: in the loop, if it does not divide.
+  """
+
+  def run(loop):
+    length, left = divmod(loop.num_steps, max(num_segments, 1))
+    if num_segments < 1 or left:
+      raise UsageError(
+        f'{loop.num_steps} inner steps do not divide into {num_segments} '
+        'segments; choose a divisor, best near the square root'
+      )
+
+    def segment(state, first):
+      step = lambda state, k: loop.step(state, first + k)
+      return way(loop._replace(step=step, start=state, num_steps=length))
+
+    last, history = jax.lax.scan(
+      jax.checkpoint(segment, prevent_cse=num_segments < 2),
+      loop.start,
+      length * jnp.arange(num_segments),
+    )
+    return last, jax.tree.map(
+      lambda x: x.reshape(loop.num_steps, *x.shape[2:]), history
+    )
+
+  return run
 
 
 def first_order(loop: Loop) -> tuple[TrainState, Any]:

@@ -113,6 +113,39 @@ def test_microbatches_must_divide_the_batch():
     _step(loss_fn, batch, gradients.accumulate(3))
 
 
+@pytest.mark.parametrize('num, lanes', [(4, 1), (4, 2), (4, 4), (8, 2)])
+def test_lanes_change_where_sums_are_and_nothing_else(num, lanes):
+  loss_fn, params, batch, _ = toys.problem(dropout=0.5)
+  batch = {**batch, 'weight': jnp.asarray([1.0, 1, 0, 2, 0, 0, 0, 0.5])}
+
+  def step(value_and_grad):
+    learner = finetune(loss_fn, optim.sgd(0.1), value_and_grad=value_and_grad)
+    return jax.jit(learner.step)(learner.init(params, KEY), batch, KEY)
+
+  alone = step(gradients.accumulate(num))
+  beside = step(gradients.accumulate(num, lanes=lanes))
+  # Also each microbatch has the dropout that it has alone.
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+    alone,
+    beside,
+  )
+  assert alone[1].outputs.shape == beside[1].outputs.shape
+
+
+def test_lanes_must_divide_the_microbatches_and_have_no_state():
+  with pytest.raises(UsageError, match='4 microbatches .* lanes=3'):
+    gradients.accumulate(4, lanes=3)
+  loss_fn, batch = _scalar_problem([1, 1, 1, 1])
+  fun = gradients.accumulate(2, lanes=2)(
+    lambda trainable, frozen, state, batch, rng: loss_fn(
+      trainable, state, batch, rng
+    )
+  )
+  with pytest.raises(UsageError, match='in order; choose lanes=1'):
+    fun({'p': jnp.ones(())}, {}, {'ema': jnp.ones(())}, batch, KEY)
+
+
 def test_each_microbatch_has_its_own_dropout():
   loss_fn, params, batch, _ = toys.problem(dropout=0.5)
   half = jax.tree.map(lambda x: x[:4], batch)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toys
 
@@ -134,6 +135,42 @@ def test_step_rates_are_descent_with_a_rate_per_leaf_and_step(x64):
   for name, factors in shrinks.items():
     expected = start[name] * np.cumprod(factors)
     np.testing.assert_allclose(seen[name][:, 0], expected, rtol=1e-12)
+
+
+def test_offsets_lead_their_leaf_and_let_others_through(x64):
+  path = jnp.asarray([[0.5], [-1.0]])
+
+  def quadratic(params, model_state, batch, rng):
+    value = 0.5 * jnp.sum(params['a'] ** 2 * params['b'])
+    return value, Aux(model_state, {}, jnp.ones(()))
+
+  def inner(path):
+    moves = fewshot.step_offsets({'b': path})
+    return finetune(quadratic, optax.chain(optim.sgd(0.1), moves))
+
+  def last(path, num_steps=4):
+    learner, start = inner(path), {'a': jnp.ones(1), 'b': jnp.full(1, 2.0)}
+    state = learner.init(start, KEY)
+    every = lambda state, aux: state.trainable
+    state, seen = adapt(
+      learner, state, lambda _: {}, KEY, num_steps=num_steps, every=every
+    )
+    return state.trainable['a'][0], seen
+
+  value, seen = last(path)
+  # From 2: plus 0.5, then minus 1 for good.
+  np.testing.assert_allclose(seen['b'][:, 0], [2.5, 1.0, 1.0, 1.0], rtol=1e-12)
+  shrinks = np.cumprod([1 - 0.1 * b for b in (2.0, 2.5, 1.0, 1.0)])
+  np.testing.assert_allclose(seen['a'][:, 0], shrinks, rtol=1e-12)
+  # d/do_1 of (1 - .2) (1 - .1 (2 + o_1)) (1 - .1 (2 + o_2))^2.
+  slope = jax.grad(lambda path: last(path)[0])(path)
+  expected = [value * -0.1 / 0.75, value * -0.2 / 0.9]
+  np.testing.assert_allclose(slope[:, 0], expected, rtol=1e-12)
+
+
+def test_offsets_of_zero_steps_are_refused():
+  with pytest.raises(UsageError, match='0 inner steps have no path'):
+    fewshot.step_offsets_init({'b': jnp.zeros(1)}, 0)
 
 
 def test_equal_step_rates_are_sgd_bitwise():

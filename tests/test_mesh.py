@@ -153,6 +153,38 @@ def test_chunks_of_tasks_are_split_over_the_devices():
   assert 0.45 < program.cost_analysis()['flops'] / at_once < 0.6
 
 
+def test_tasks_in_turn_meet_once_after_the_last():
+  mesh = worker.mesh_of('data:8')
+  inner = fmeta.finetune(worker.LOSS, optim.sgd(0.1))
+  loss = fmeta.episode_loss(inner, worker.LOSS, 2)
+  tasks = worker.source_of('maml', np.float32)(0)
+  tasks = jax.tree.map(lambda x: np.concatenate([x, x]), tasks)
+  whole = jax.sharding.NamedSharding(mesh, P())
+  params = jax.device_put(worker.parameters(np.float32), whole)
+
+  def compiled(value_and_grad):
+    learner = fmeta.finetune(
+      loss, optim.sgd(1.0), value_and_grad=value_and_grad
+    )
+    state = jax.device_put(learner.init(params, worker.RNG(0)), whole)
+    step = jax.jit(learner.step, out_shardings=(whole, None))
+    batch = worker.put(tasks, mesh)
+    program = step.lower(state, batch, worker.RNG(1)).compile()
+    return program, program(state, batch, worker.RNG(1))[0].trainable
+
+  program, found = compiled(fmeta.accumulate(16, lanes=8))
+  assert collectives(program) == {'all-reduce': 1}
+  at_once, expected = compiled(fmeta.plain)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+    found,
+    expected,
+  )
+  # XLA counts a loop's body once: half the tasks, an eighth of them here.
+  share = program.cost_analysis()['flops'] / at_once.cost_analysis()['flops']
+  assert 0.45 < share < 0.6
+
+
 def test_a_data_mesh_reduces_only_what_moves_and_gathers_nothing():
   mesh = worker.mesh_of('data:8')
   _, state, step = worker.start('select', mesh)

@@ -102,6 +102,26 @@ def test_a_reptile_step_moves_towards_the_adapted_weights(x64):
   assert aux.weight == 2
 
 
+def test_reptile_takes_the_rows_of_the_support_in_turn(x64):
+  # Steps on single rows: each pulls a share of the way to its own centre.
+  centres = jnp.asarray([[1.0, 0.0], [0.0, 4.0], [-2.0, 1.0]])
+
+  def loss_fn(params, model_state, batch, rng):
+    gaps = params['t'][None] - batch['c']
+    return 0.5 * (gaps**2).sum(-1).mean(), Aux(model_state, {}, jnp.ones(()))
+
+  inner = finetune(loss_fn, optim.sgd(0.5))
+  loss = meta.reptile_loss(inner, 4, batch_size=1)
+  start = np.array([3.0, 3.0])
+  found = _grad(
+    loss, {'t': jnp.asarray(start)}, {'support': {'c': centres[None]}}
+  )
+  t = start
+  for k in (0, 1, 2, 0):
+    t = t + 0.5 * (np.asarray(centres[k]) - t)
+  np.testing.assert_allclose(found['t'], start - t, rtol=1e-12)
+
+
 def test_zero_inner_steps_are_plain_training(x64):
   episodes, params = _episodes(3), {'t': jnp.asarray([1.0, -2.0, 0.5])}
   found = _grad(meta.episode_loss(_inner(), _quadratic, 0), params, episodes)

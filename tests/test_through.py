@@ -86,6 +86,42 @@ def test_remat_and_mixed_are_plain(what, x64):
   assert np.abs(kernel - grads['body']['layer_0']['kernel']).max() > 1e-4
 
 
+@pytest.mark.parametrize('way', [through.mixed, through.remat, through.plain])
+@pytest.mark.parametrize('num_segments', [1, 2, 3, 6])
+def test_segments_change_what_is_kept_and_nothing_else(num_segments, way, x64):
+  # Adam counts its steps and dropout has a key for each: they go on.
+  inner, params = INNER['clipped adamw'](), start('full')
+  found = outer(inner, through.in_segments(num_segments, way), steps=6)(params)
+  close(found, outer(inner, through.plain, steps=6)(params))
+
+
+def test_what_segments_record_has_a_place_per_step(x64):
+  learner = finetune(LOSS, optim.sgd(0.3))
+  batch = jax.tree.map(lambda x: x[0], episodes()['support'])
+
+  def losses(way):
+    return adapt(
+      learner,
+      learner.init(start('full'), KEY),
+      lambda i: batch,
+      KEY,
+      num_steps=6,
+      every=lambda state, aux: aux.metrics['loss'],
+      through=way,
+    )[1]
+
+  found = jax.jit(lambda: losses(through.in_segments(2)))()
+  assert found.shape == (6,)
+  close(found, jax.jit(lambda: losses(through.plain))())
+
+
+@pytest.mark.parametrize('num_segments', [0, 4])
+def test_segments_that_do_not_divide_are_refused(num_segments, x64):
+  way = through.in_segments(num_segments)
+  with pytest.raises(UsageError, match=f'6 .* into {num_segments} segments'):
+    outer(INNER['sgd'](), way, steps=6)(start('full'))
+
+
 def test_mixed_agrees_with_central_differences(x64):
   inner = INNER['clipped adamw']()
   loss = episode_loss(inner, LOSS, 2, through=through.mixed)

@@ -6,7 +6,8 @@
 One 5-way 5-shot episode of a BERT of MiniLM's size with random weights,
 compiled and not run: the outer gradient of LoRA-MAML (factors and head move in
 both loops) and of full MAML. One JSON line per row, number of inner steps and
-way of `fmeta.through`, with and without `BertConfig.remat` ("blocks"):
+way of `fmeta.through`, with and without `BertConfig.remat` ("blocks");
+"segments" is `in_segments` with the largest divisor up to the square root:
 
   temp_bytes          XLA's temporary buffers: all but arguments and results
   state_bytes         steps x bytes(trainable + optimiser state), which any
@@ -30,6 +31,7 @@ second to the last number of steps. Measured: experiments/README.md.
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -42,6 +44,14 @@ import fmeta
 from fmeta import adapters, models, optim, through, tree
 from fmeta.workdir import Context
 
+
+def in_segments(loop: through.Loop) -> Any:
+  """Segments about as long as there are many."""
+  steps = loop.num_steps
+  divisors = (n for n in range(1, math.isqrt(steps) + 1) if steps % n == 0)
+  return through.in_segments(max(divisors))(loop)
+
+
 # Way, and whether the model's blocks are computed again in a backward pass.
 WAYS = {
   'first_order': (through.first_order, False),
@@ -50,6 +60,7 @@ WAYS = {
   'remat': (through.remat, False),
   'mixed': (through.mixed, False),
   'mixed+blocks': (through.mixed, True),
+  'segments+blocks': (in_segments, True),
 }
 BASE, BLOCKS = 'first_order', 'first_order+blocks'
 MEMORY_FIRST = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
