@@ -153,3 +153,12 @@ def test_the_memory_benchmark_reports_every_way(tmp_path, capsys):
 
 if __name__ == '__main__':
   print(temporary_bytes(False), temporary_bytes(True))
+
+
+def test_segments_hold_few_states():
+  held = meta_memory.states_held
+  assert [held(n, 'mixed') for n in (1, 5, 100)] == [1, 5, 100]
+  assert [held(n, meta_memory.SEGMENTS) for n in (1, 5, 20, 100)] == [
+    *(2, 6, 9),
+    20,
+  ]

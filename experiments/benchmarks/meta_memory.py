@@ -11,7 +11,8 @@ way of `fmeta.through`, with and without `BertConfig.remat` ("blocks");
 
   temp_bytes          XLA's temporary buffers: all but arguments and results
   state_bytes         steps x bytes(trainable + optimiser state), which any
-                      exact method that does not repeat steps has to keep
+                      exact method that does not repeat steps has to keep;
+                      of segments those of as many states as they keep
   ratio               temp_bytes over that of `first_order` at as many steps
   ratio_blocks        over that of `first_order+blocks`
   ratio_without       `ratio` after subtracting state_bytes from temp_bytes
@@ -45,13 +46,17 @@ from fmeta import adapters, models, optim, through, tree
 from fmeta.workdir import Context
 
 
+def segments_of(steps: int) -> int:
+  """The largest divisor up to the square root."""
+  return max(n for n in range(1, math.isqrt(steps) + 1) if steps % n == 0)
+
+
 def in_segments(loop: through.Loop) -> Any:
   """Segments about as long as there are many."""
-  steps = loop.num_steps
-  divisors = (n for n in range(1, math.isqrt(steps) + 1) if steps % n == 0)
-  return through.in_segments(max(divisors))(loop)
+  return through.in_segments(segments_of(loop.num_steps))(loop)
 
 
+SEGMENTS = 'segments+blocks'
 # Way, and whether the model's blocks are computed again in a backward pass.
 WAYS = {
   'first_order': (through.first_order, False),
@@ -60,7 +65,7 @@ WAYS = {
   'remat': (through.remat, False),
   'mixed': (through.mixed, False),
   'mixed+blocks': (through.mixed, True),
-  'segments+blocks': (in_segments, True),
+  SEGMENTS: (in_segments, True),
 }
 BASE, BLOCKS = 'first_order', 'first_order+blocks'
 MEMORY_FIRST = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
@@ -192,11 +197,18 @@ def measure(
     'steps': num_steps,
     'way': way,
     'temp_bytes': compiled.memory_analysis().temp_size_in_bytes,
-    'state_bytes': num_steps * per_step * config.tasks,
+    'state_bytes': states_held(num_steps, way) * per_step * config.tasks,
     'flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
     'compile_seconds': round(seconds, 1),
     'memory_first': MEMORY_FIRST in os.environ.get('XLA_FLAGS', ''),
   }
+
+
+def states_held(num_steps: int, way: str) -> int:
+  """How many steps' states a gradient keeps at once."""
+  if way != SEGMENTS:
+    return num_steps
+  return segments_of(num_steps) + num_steps // segments_of(num_steps)
 
 
 def compared(line: dict, base: dict, blocks: dict) -> dict:
