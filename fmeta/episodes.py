@@ -6,14 +6,13 @@ size of the meta-batch changes neither the tasks nor their order. (With a
 """
 
 import dataclasses
-import functools
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fmeta.data import (
+  ROW,
   Collate,
   Columns,
   check_columns,
@@ -23,9 +22,7 @@ from fmeta.data import (
 )
 from fmeta.draw import (
   EPISODE,
-  LABEL_SHUFFLE,
   draw_without_replacement,
-  permutation,
   random_words,
 )
 from fmeta.errors import UsageError, suggest
@@ -99,6 +96,27 @@ class Episodes:
       'support': {k: part(a, support, 0) for k, a in batch.items()},
       'query': {k: part(a, query, support.size) for k, a in batch.items()},
     }
+
+  def by_row(self, i: int) -> Episode:
+    """The i-th meta-batch as row numbers and labels, for `train.Resident`.
+
+    Returns:
+      `{'support': {'row', 'label'}, 'query': {'row', 'label'}}`, int32.
+
+    Raises:
+      UsageError: if rows are collated, which needs the rows themselves.
+    """
+    if self.collate:
+      raise UsageError(
+        'episodes with collate= cannot be given by row; pad the columns first'
+      )
+
+    def part(rows):
+      label = _labels(self.ways, rows).reshape(rows.shape)
+      return {ROW: rows.astype(np.int32), 'label': label}
+
+    support, query = self.rows(i)
+    return {'support': part(support), 'query': part(query)}
 
 
 def _labels(ways: int, rows: np.ndarray) -> np.ndarray:
@@ -255,31 +273,6 @@ def evaluation_episodes(
       ' a positive multiple'
     )
   return EpisodeList(source, num)
-
-
-def fingerprint(support: Mapping[str, np.ndarray], task: int) -> int:
-  """A number that depends on all that a task's support holds."""
-  return functools.reduce(
-    lambda crc, name: zlib.crc32(support[name][task].tobytes(), crc),
-    sorted(support),
-    0,
-  )
-
-
-def shuffle_support_labels(episode: Episode, seed: int) -> Episode:
-  """A control: each task's support labels are shuffled, queries stay true.
-
-  What still beats 1/ways then has leaked. The shuffle is a function of
-  (seed, the task's support): one shuffle for all episodes would have one
-  number of fixed points, and an accuracy far from 1/ways.
-  """
-  support = episode['support']
-  labels = support['label'].copy()
-  for task in range(len(labels)):
-    check = fingerprint(support, task)
-    order = permutation(seed, LABEL_SHUFFLE, check, labels.shape[1])
-    labels[task] = labels[task][order]
-  return {**episode, 'support': {**support, 'label': labels}}
 
 
 def with_rotations(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fmeta import data, episodes, text
+from fmeta import controls, data, episodes, text
 from fmeta.errors import UsageError
 
 
@@ -218,7 +218,7 @@ def test_shuffled_support_labels_agree_by_chance_only():
   agree = []
   for i in range(500):
     true = source(i)
-    shuffled = episodes.shuffle_support_labels(true, seed=1)
+    shuffled = controls.shuffle_support_labels(true, seed=1)
     support = shuffled['support']['label']
     np.testing.assert_array_equal(np.sort(support), [[0, 1, 2, 3, 4]] * 4)
     agree.append(support == true['support']['label'])
@@ -233,13 +233,13 @@ def test_shuffled_support_labels_agree_by_chance_only():
 def test_shuffling_changes_only_labels_and_is_pure():
   episode = episodes.episodes(make_columns(), 5, 3, 2, 0, tasks=2)(0)
   before = episode['support']['label'].copy()
-  first = episodes.shuffle_support_labels(episode, 7)
-  assert_same(first, episodes.shuffle_support_labels(episode, 7))
+  first = controls.shuffle_support_labels(episode, 7)
+  assert_same(first, controls.shuffle_support_labels(episode, 7))
   np.testing.assert_array_equal(episode['support']['label'], before)
   np.testing.assert_array_equal(
     first['support']['row'], episode['support']['row']
   )
-  other = episodes.shuffle_support_labels(episode, 8)
+  other = controls.shuffle_support_labels(episode, 8)
   assert not np.array_equal(
     first['support']['label'], other['support']['label']
   )

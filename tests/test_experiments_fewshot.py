@@ -124,6 +124,15 @@ def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   assert len(means) == 3
 
 
+@pytest.mark.parametrize('name', ['maml', 'maml_plus_plus'])
+def test_images_on_the_device_change_no_number(name, tmp_path, drawn):
+  sent = small(f'omniglot/{name}', tmp_path / 'sent')
+  kept = small(f'omniglot/{name}', tmp_path / 'kept', resident=True)
+  assert sent['metrics'] == kept['metrics']
+  logs = [tmp_path / run / 'fit' / 'metrics.jsonl' for run in ('sent', 'kept')]
+  assert logs[0].read_text() == logs[1].read_text()
+
+
 @pytest.mark.parametrize('name', LOOPS)
 def test_a_meta_step_moves_what_the_method_learns(name, tmp_path, drawn):
   module = importlib.import_module(f'experiments.fewshot.omniglot.{name}')

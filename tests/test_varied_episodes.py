@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import toys
 
-from fmeta import evaluate, fewshot, losses, meta, models, optim
+from fmeta import controls, evaluate, fewshot, losses, meta, models, optim
 from fmeta.errors import UsageError
 from fmeta.fewshot.varied_episodes import _shots
 from fmeta.learner import finetune
@@ -263,7 +263,7 @@ def test_renamed_support_classes_leave_chance_and_true_ones_do_not():
   made = source(tasks=10)
 
   def control(i):
-    return fewshot.rename_support_classes(made(i), 3)
+    return controls.rename_support_classes(made(i), 3)
 
   true = evaluate.evaluate_episodes(predict, {}, made, 600)
   renamed = evaluate.evaluate_episodes(predict, {}, control, 600)
@@ -275,8 +275,8 @@ def test_renamed_support_classes_leave_chance_and_true_ones_do_not():
 
 def test_renaming_permutes_whole_classes_and_is_pure():
   out = source(tasks=4)(1)
-  renamed = fewshot.rename_support_classes(out, 3)
-  again = fewshot.rename_support_classes(out, 3)
+  renamed = controls.rename_support_classes(out, 3)
+  again = controls.rename_support_classes(out, 3)
   before, after = out['support'], renamed['support']
   np.testing.assert_array_equal(after['label'], again['support']['label'])
   assert renamed['query'] is out['query']

@@ -17,6 +17,7 @@ from experiments import minilm
 from experiments.common import placement
 from fmeta import (
   baselines,
+  controls,
   data,
   episodes,
   evaluate,
@@ -134,7 +135,7 @@ class Bench:
   def controls(self, count: int) -> list[episodes.Episode]:
     """The first test episodes with shuffled support labels."""
     batches = self.held_out('test')[: count // self.config.tasks]
-    return [episodes.shuffle_support_labels(b, _SHUFFLE) for b in batches]
+    return [controls.shuffle_support_labels(b, _SHUFFLE) for b in batches]
 
   def meta_fit(
     self,

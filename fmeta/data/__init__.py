@@ -15,6 +15,7 @@ from fmeta.data.batching import (
   rows_of_process,
 )
 from fmeta.data.columns import (
+  ROW,
   Columns,
   check_columns,
   check_labels,
@@ -26,6 +27,7 @@ from fmeta.data.columns import (
 from fmeta.data.splits import grouped, hashed, stratified, stratified_grouped
 
 __all__ = (
+  'ROW',
   'Batches',
   'Collate',
   'Columns',

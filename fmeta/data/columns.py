@@ -9,6 +9,8 @@ import numpy as np
 from fmeta.errors import UsageError, suggest
 
 Columns = Mapping[str, np.ndarray]
+# The key of a batch that names rows instead of holding them.
+ROW = 'row'
 Texts = Sequence[str] | np.ndarray  # of strings
 
 

@@ -50,7 +50,6 @@ from fmeta.fewshot.starts import (
 )
 from fmeta.fewshot.varied_episodes import (
   Limits,
-  rename_support_classes,
   varied_episodes,
 )
 from fmeta.fewshot.warp import warp_init, warped
@@ -87,7 +86,6 @@ __all__ = (
   'relation',
   'relation_error',
   'relation_init',
-  'rename_support_classes',
   'ridge',
   'ridge_init',
   'starting_from',

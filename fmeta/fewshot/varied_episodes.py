@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmeta.data import Collate, Columns, check_columns, column, numeric, take
-from fmeta.draw import LABEL_SHUFFLE, VARIED, permutation, random_words
-from fmeta.episodes import Episode, fingerprint, rows_by_class
+from fmeta.draw import VARIED, random_words
+from fmeta.episodes import Episode, rows_by_class
 from fmeta.errors import UsageError
 
 
@@ -258,25 +258,3 @@ def _pools(members, groups, fewest) -> tuple[np.ndarray, ...]:
       f'{max(map(len, pools))}; lower min_ways'
     )
   return enough
-
-
-def rename_support_classes(episode: Episode, seed: int) -> Episode:
-  """A control: a task's classes swap their labels in the support, at random.
-
-  Queries stay true. Whatever the method and the shots, the expected accuracy
-  is 1 / ways, and more has leaked. (To shuffle the rows' labels, as
-  `episodes.shuffle_support_labels` does, is no control here: with unbalanced
-  shots most rows of the largest class keep their label.) The permutation is
-  uniform and a function of (seed, the task's support).
-
-  Args:
-    episode: with `label` and `weight` in its support.
-    seed: of the permutations.
-  """
-  support = episode['support']
-  labels = support['label'].copy()
-  for task, given in enumerate(labels):
-    ways = int(given[support['weight'][task] > 0].max()) + 1
-    order = permutation(seed, LABEL_SHUFFLE, fingerprint(support, task), ways)
-    labels[task] = order[given]
-  return {**episode, 'support': {**support, 'label': labels}}

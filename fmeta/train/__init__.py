@@ -22,6 +22,7 @@ from fmeta.sharding import Rules
 from fmeta.train.dispatch import Program, Unrolled, own, strong
 from fmeta.train.log import Live, Metrics, refuse_used
 from fmeta.train.loop import Loop
+from fmeta.train.resident import Resident
 from fmeta.train.saver import Saver, on_sigterm
 from fmeta.train.stages import Diverged, Fitted, Phased, Settings, Stage
 from fmeta.train.stopping import Monitor
@@ -32,6 +33,7 @@ __all__ = [
   'Fitted',
   'Phased',
   'Program',
+  'Resident',
   'Stage',
   'Unrolled',
   'fit',
@@ -105,7 +107,8 @@ def fit(
     program: `Program(learner)` shared by several calls, so that each shape is
       compiled once for all of them; what differs between them (rates, seeds)
       has to be in the state, see `optim.set_hyper`. One per learner if the
-      stages bring several.
+      stages bring several. `Resident(learner, columns)` keeps the data on the
+      device.
 
   Raises:
     UsageError: for settings that contradict each other, a used workdir without

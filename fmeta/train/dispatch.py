@@ -9,13 +9,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
+from types import MappingProxyType
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmeta.data import prefetch
+from fmeta.data import ROW, prefetch
 from fmeta.learner import adapt
 from fmeta.train.flops import product_flops
 from fmeta.train.stages import Diverged
@@ -72,6 +73,19 @@ def _layout(leaf) -> tuple:
   return leaf.shape, leaf.dtype.name, getattr(leaf, 'sharding', None)
 
 
+def filled(batch: Any, columns: Mapping[str, Array]) -> Any:
+  """Every `row` [...] in a batch becomes those rows [..., ...] of the columns.
+
+  What stands beside a `row`, such as the labels of an episode, stays.
+  """
+  if not columns or not isinstance(batch, Mapping):
+    return batch
+  if ROW not in batch:
+    return {key: filled(value, columns) for key, value in batch.items()}
+  taken = {name: column[batch[ROW]] for name, column in columns.items()}
+  return {**taken, **{k: v for k, v in batch.items() if k != ROW}}
+
+
 class Program:
   """Compiled chunks of `learner.step`, one per (length, batch shapes).
 
@@ -83,6 +97,9 @@ class Program:
       body XLA counts once. None before the first chunk.
     peak_bytes: arguments, outputs and temporaries of the largest chunk.
   """
+
+  # What `Resident` keeps on the device.
+  resident: Mapping[str, Array] = MappingProxyType({})
 
   def __init__(self, learner: Learner):
     self.traces = 0
@@ -109,22 +126,23 @@ class Program:
     # As host data the key belongs to no device, so any mesh of any number of
     # processes may read it.
     impl = jax.random.key_impl(rng)
-    args = (moving, frozen, batches, np.asarray(jax.random.key_data(rng)))
+    data = np.asarray(jax.random.key_data(rng))
+    args = moving, frozen, batches, data, dict(self.resident)
     leaves, structure = jax.tree.flatten(args)
     key = structure, impl, tuple(map(_layout, leaves))
     if key not in self._compiled:
       self._compiled[key] = self._compile(impl, *args)
     return self._compiled[key](*args)
 
-  def _compile(self, impl, moving, frozen, batches, key):
+  def _compile(self, impl, moving, frozen, batches, key, resident):
     began = time.perf_counter()
     num_steps = jax.tree.leaves(batches)[0].shape[0]
 
-    def run(moving, frozen, batches, key):
+    def run(moving, frozen, batches, key, resident):
       self.traces += 1
       state, metrics = self._steps(
         dataclasses.replace(moving, frozen=frozen),
-        lambda i: jax.tree.map(lambda x: x[i], batches),
+        lambda i: filled(jax.tree.map(lambda x: x[i], batches), resident),
         jax.random.wrap_key_data(key, impl=impl),
         num_steps,
       )
@@ -134,7 +152,7 @@ class Program:
     where = jax.tree.map(lambda x: x.sharding, moving)
     # Metrics are scalars per step, replicated like the step's number.
     jitted = jax.jit(run, donate_argnums=0, out_shardings=(where, where.step))
-    traced = jitted.trace(moving, frozen, batches, key)
+    traced = jitted.trace(moving, frozen, batches, key, resident)
     compiled = traced.lower().compile()
     self._measure(compiled, traced.jaxpr, num_steps)
     self.compile_seconds += time.perf_counter() - began
