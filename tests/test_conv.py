@@ -291,6 +291,35 @@ def test_padding_changes_nothing_in_a_masked_conv4():
   assert np.abs(with_them[weight > 0] - expected).max() > 1e-2
 
 
+def test_group_norm_sees_one_image_at_a_time():
+  module, x = Conv4(3, 4, norm='group'), images(6)
+  params, state = models.init(
+    module, jax.random.key(0), {'image': x}, models.IMAGE
+  )
+  assert not state
+  together, _ = compiled(module)(params, {}, {'image': x}, None)
+  alone, _ = compiled(module)(params, {}, {'image': x[2:3]}, None)
+  np.testing.assert_allclose(together[2:3], alone, rtol=1e-5, atol=1e-6)
+  other = Conv4(3, 4)
+  names = tree.names(
+    models.init(other, jax.random.key(0), {'image': x}, models.IMAGE)[0]
+  )
+  assert tree.names(params) == names
+
+
+def test_frozen_statistics_are_used_and_kept_in_training_too():
+  running, frozen = Conv4(3, 4, norm='running'), Conv4(3, 4, norm='frozen')
+  x, key = images(6), jax.random.key(1)
+  params, empty = models.init(
+    running, jax.random.key(0), {'image': x}, models.IMAGE
+  )
+  _, kept = compiled(running)(params, empty, {'image': x}, key)
+  expected, _ = compiled(running)(params, kept, {'image': x[:2]}, None)
+  found, after = compiled(frozen)(params, kept, {'image': x[:2]}, key)
+  np.testing.assert_array_equal(found, expected)
+  jax.tree.map(np.testing.assert_array_equal, kept, after)
+
+
 def test_an_unknown_norm_is_refused():
   with pytest.raises(UsageError, match="norm='layer'"):
     Conv4(5, norm='layer')

@@ -13,11 +13,11 @@ import pytest
 from experiments import run
 from experiments.common import Seeds
 from experiments.fewshot import docparams_maml, names, sinusoid_maml
-from experiments.fewshot.omniglot import maml, task
+from experiments.fewshot.omniglot import maml, measure, task
 from fmeta import data, episodes, scores, tree
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
-from fmeta.models import forward
+from fmeta.models import Conv4, forward
 from fmeta.result import OUTCOME
 from fmeta.workdir import Context
 
@@ -70,8 +70,9 @@ def drawn(monkeypatch):
   monkeypatch.setattr(task, 'CHARACTERS', 60)
 
 
-def test_sinusoid_maml_runs_and_an_error_per_step_number_is_reported(tmp_path):
-  result = small('sinusoid_maml', tmp_path / 'run')
+@pytest.mark.parametrize('name', ['sinusoid_maml', 'sinusoid_cavia'])
+def test_sinusoids_run_and_report_an_error_per_number_of_steps(name, tmp_path):
+  result = small(name, tmp_path / 'run')
   assert set(result['metrics']) == {'mse_0', 'mse_1'}
   assert result['steps'] == sinusoid_maml.SMALL['iterations']
   low, high = result['ci95']['mse_0']
@@ -91,14 +92,14 @@ def test_sinusoid_tasks_have_the_stated_amplitude_and_phase():
     assert imaginary >= -1e-4  # sin of a phase in [0, pi]
 
 
-HEADS = 'protonet', 'matching', 'relation', 'r2d2'
+HEADS = 'protonet', 'matching', 'relation', 'r2d2', 'leo', 'pmf'
 LOOPS = (
   *('maml', 'fomaml', 'reptile', 'anil', 'boil', 'imaml', 'meta_sgd'),
   *('maml_plus_plus', 'meta_curvature', 't_net', 'proto_maml'),
 )
 
 
-@pytest.mark.parametrize('name', [*LOOPS, *HEADS])
+@pytest.mark.parametrize('name', [*LOOPS, *HEADS, 'baseline_plus_plus'])
 def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   result = small(f'omniglot/{name}', tmp_path / 'run')
   numbers = result['metrics']
@@ -110,7 +111,7 @@ def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
     'calibration_error',
   }
   assert all(0 <= value <= 1 for value in numbers.values())
-  adapts = name in LOOPS
+  adapts = name not in HEADS
   assert bool(by_step) == adapts
   assert (tmp_path / 'run' / 'steps.png').exists() == adapts
   if name == 'maml':  # Tested after three steps.
@@ -122,6 +123,22 @@ def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
   means = {key: one.mean.mean for key, one in kept.items()}
   assert means == pytest.approx({key: numbers[key] for key in means})
   assert len(means) == 3
+
+
+@pytest.mark.parametrize('name', ['maml', 'protonet'])
+def test_group_norm_has_one_accuracy(name, tmp_path, drawn):
+  result = small(f'omniglot/{name}', tmp_path / 'run', norm='group')
+  by_step = {f'accuracy_after_{k}' for k in range(11)}
+  assert set(result['metrics']) - by_step == {
+    'accuracy_group',
+    'accuracy_shuffled_labels',
+    'calibration_error',
+  }
+
+
+def test_a_norm_that_cannot_be_trained_from_nothing_is_refused():
+  with pytest.raises(UsageError, match="'frozen' is not trained here"):
+    task.start(maml.Config(norm='frozen'), 5)
 
 
 @pytest.mark.parametrize('name', ['maml', 'maml_plus_plus'])
@@ -188,10 +205,10 @@ def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
 
 def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
   config = maml.Config(filters=4)
-  transductive = forward(task.Conv4(5, 4), ('image',))
+  transductive = forward(Conv4(5, 4), ('image',))
   images = drawn_characters()['background']['image']
   params = task.start(config, 5)
-  alone = task.by_support(config, 5)
+  alone = measure.by_support(config, 5)
 
   def logits(how, rows):
     batch = {'image': images[rows], 'support_image': images[100:105]}

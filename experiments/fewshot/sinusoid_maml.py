@@ -10,6 +10,8 @@ tasks with 100 query points. Expected and measured: experiments/README.md.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,14 +75,38 @@ def run(config: Config, context: Context) -> dict:
   how = fmeta.first_order() if config.first_order else fmeta.gradients.plain
   inner = fmeta.finetune(loss, optim.sgd(config.inner_lr), value_and_grad=how)
   meta_loss = fmeta.episode_loss(inner, loss, config.inner_steps)
-  learner = fmeta.finetune(meta_loss, optim.adam(config.outer_lr))
-
-  params, _ = init(
-    model,
-    jax.random.key(config.seed.init),
-    {'x': np.zeros((1, 1), np.float32)},
-    ('x',),
+  return train_and_test(
+    config,
+    context,
+    meta_loss,
+    start(config, model, 1),
+    lambda steps: fmeta.predict_episodes(inner, model_forward, steps),
   )
+
+
+def start(config: Config, model: Mlp, inputs: int) -> Any:
+  """Fresh parameters of a network that reads [B, inputs]."""
+  example = {'x': np.zeros((1, inputs), np.float32)}
+  return init(model, jax.random.key(config.seed.init), example, ('x',))[0]
+
+
+def train_and_test(
+  config: Config,
+  context: Context,
+  meta_loss: fmeta.LossFn,
+  params: Any,
+  predict_after: Callable[[int], Callable],
+) -> dict:
+  """Meta-trains, then measures the error after each number of steps.
+
+  Args:
+    config: of the task.
+    context: of the job.
+    meta_loss: of meta-batches.
+    params: where the outer loop starts.
+    predict_after: `inner steps -> predict function of episodes`.
+  """
+  learner = fmeta.finetune(meta_loss, optim.adam(config.outer_lr))
   episodes = sinusoids(
     config.seed.data, config.meta_batch, config.shots, config.queries
   )
@@ -95,7 +121,8 @@ def run(config: Config, context: Context) -> dict:
     **fit_options(context),
   )
   metrics, ci95 = {}, {}
-  for steps, errors in test_errors(config, inner, model_forward, fitted.params):
+  for steps in config.test_steps:
+    errors = test_errors(config, predict_after(steps), fitted.params)
     name = f'mse_{steps}'
     metrics[name], ci95[name], _ = evaluate.summarize(errors)
     print(f'mean squared error after {steps} steps: {metrics[name]:.3f}')
@@ -116,16 +143,14 @@ def run(config: Config, context: Context) -> dict:
   }
 
 
-def test_errors(config, inner, model_forward, params):
-  """Yields (inner steps, mean squared error of each held-out task)."""
+def test_errors(config: Config, predict: Callable, params: Any) -> np.ndarray:
+  """Mean squared error of each held-out task."""
   tasks = min(100, config.test_tasks)
   held_out = sinusoids(config.seed.data + 1, tasks, config.shots, 100)
-  for steps in config.test_steps:
-    predict = jax.jit(fmeta.predict_episodes(inner, model_forward, steps))
-    errors = []
-    for i in range(-(-config.test_tasks // tasks)):
-      episode = held_out(i)
-      outputs = np.asarray(predict(params, episode, None))
-      square = (outputs - episode['query']['target']) ** 2
-      errors.append(square.mean((1, 2)))
-    yield steps, np.concatenate(errors)[: config.test_tasks]
+  answer, errors = jax.jit(predict), []
+  for i in range(-(-config.test_tasks // tasks)):
+    episode = held_out(i)
+    outputs = np.asarray(answer(params, episode, None))
+    square = (outputs - episode['query']['target']) ** 2
+    errors.append(square.mean((1, 2)))
+  return np.concatenate(errors)[: config.test_tasks]

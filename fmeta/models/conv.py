@@ -7,6 +7,7 @@ and one matrix product have neither problem: all their derivatives are
 products, windows and sums of pads again.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from fmeta.errors import UsageError
 from fmeta.models.windows import windows
 from fmeta.types import Array
 
-NORMS = ('transductive', 'running')
+NORMS = ('transductive', 'running', 'frozen', 'group')
+GROUPS = 8
 
 
 class MatmulConv(nn.Module):
@@ -151,8 +153,11 @@ class Block(nn.Module):
   ) -> Array:
     """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), filters]."""
     x = MatmulConv(self.filters, stride=2, name='conv')(x)
+    if self.norm == 'group':
+      groups = math.gcd(self.filters, GROUPS)
+      return nn.relu(nn.GroupNorm(groups, name='norm')(x))
     norm = BatchNorm(self.norm == 'transductive', name='norm')
-    return nn.relu(norm(x, deterministic, weight))
+    return nn.relu(norm(x, deterministic or self.norm == 'frozen', weight))
 
 
 class Blocks(nn.Module):
@@ -185,8 +190,11 @@ class Conv4(nn.Module):
       return embeddings.
     filters: of each convolution; 64 for Omniglot, 32 for miniImageNet.
     norm: 'transductive', statistics of the current batch always (the
-      published protocol), or 'running', evaluation with the last training
-      batch's; the parameters are the same.
+      published protocol); 'running', evaluation with the last training
+      batch's; 'frozen', with those kept in `batch_stats` always, which a
+      pre-trained model brings; or 'group', each image by itself in 8 groups of
+      channels (Wu & He 2018, https://arxiv.org/abs/1803.08494). The parameters
+      are the same.
   """
 
   num_classes: int | None

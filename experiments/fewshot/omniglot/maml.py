@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import fmeta
-from experiments.fewshot.omniglot import task
+from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot, optim, through
-from fmeta.models import IMAGE, Conv4, forward
+from fmeta.models import IMAGE, forward
 from fmeta.types import Forward
 from fmeta.workdir import Context
 
@@ -59,8 +59,8 @@ def method(
     model_of: wraps Conv4.
     how: the inner loop is differentiated.
   """
-  model = model_of(forward(Conv4(config.ways, config.filters), IMAGE))
-  alone = model_of(task.by_support(config, config.ways))
+  model = model_of(forward(task.network(config, config.ways), IMAGE))
+  alone = model_of(measure.by_support(config, config.ways))
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   inner = make_inner(loss)
   meta_loss = fmeta.episode_loss(inner, loss, config.inner_steps, through=how)

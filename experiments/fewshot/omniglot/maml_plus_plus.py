@@ -18,9 +18,9 @@ import jax
 import optax
 
 import fmeta
-from experiments.fewshot.omniglot import task
+from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot, optim
-from fmeta.models import IMAGE, Conv4, forward
+from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'inner_steps': 2}
@@ -53,7 +53,7 @@ def start(config: Config) -> dict:
 
 def method(config: Config, context: Context) -> task.Method:
   """MAML++."""
-  model = forward(Conv4(config.ways, config.filters), IMAGE)
+  model = forward(task.network(config, config.ways), IMAGE)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   steps = config.inner_steps
 
@@ -67,7 +67,7 @@ def method(config: Config, context: Context) -> task.Method:
   )
   anneal = max(1, round(config.multi_step * config.iterations))
   weights = fewshot.annealed_weights(steps, anneal)
-  alone = task.by_support(config, config.ways)
+  alone = measure.by_support(config, config.ways)
   meta_loss = fewshot.multi_step_loss(inner, loss, steps)
   return task.Method(
     task.meta_learner(config, context, meta_loss, rate),

@@ -11,9 +11,10 @@ Measured: experiments/README.md.
 import dataclasses
 
 import fmeta
-from experiments.fewshot.omniglot import maml, task
+from experiments.fewshot.omniglot import maml, measure, task
 from fmeta import fewshot
-from fmeta.models import IMAGE, Conv4, forward
+from fmeta.models import IMAGE, forward
+from fmeta.types import Forward
 from fmeta.workdir import Context
 
 SMALL = maml.SMALL
@@ -28,13 +29,13 @@ class Config(maml.Config):
 
 def run(config: Config, context: Context) -> dict:
   """MAML from each task's own start."""
-  embed = forward(Conv4(None, config.filters), IMAGE)
-  model = forward(Conv4(config.ways, config.filters), IMAGE)
+  embed = forward(task.network(config, None), IMAGE)
+  model = forward(task.network(config, config.ways), IMAGE)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   inner = maml.sgd_inner(config)(loss)
   start = fewshot.prototype_start(body_alone(embed), config.ways)
   adapted = fmeta.episode_loss(inner, loss, config.inner_steps)
-  alone = task.by_support(config, config.ways)
+  alone = measure.by_support(config, config.ways)
 
   def predict(model):
     answer = fmeta.predict_episodes(inner, model, config.test_steps)
@@ -52,7 +53,7 @@ def run(config: Config, context: Context) -> dict:
   return task.run(config, context, method)
 
 
-def body_alone(embed):
+def body_alone(embed: Forward) -> Forward:
   """The embedding of parameters that have a head beside the body."""
 
   def run(params, model_state, batch, rng):

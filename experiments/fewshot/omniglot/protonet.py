@@ -13,10 +13,10 @@ Measured: experiments/README.md.
 import dataclasses
 from typing import Any
 
-from experiments.fewshot.omniglot import task
+from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot
 from fmeta.losses import Criterion, softmax_cross_entropy
-from fmeta.models import IMAGE, Conv4, forward
+from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'train_ways': 10, 'queries': 1, 'meta_batch': 1}
@@ -48,8 +48,8 @@ def method(
     hyper: its outer parameters if it is `Learned`.
     criterion: the loss per query.
   """
-  embed = forward(Conv4(None, config.filters), IMAGE)
-  alone = task.by_support(config, None)
+  embed = forward(task.network(config, None), IMAGE)
+  alone = measure.by_support(config, None)
   loss = fewshot.head_loss(head, embed, config.train_ways, criterion)
   model = task.start(config, None)
   return task.Method(

@@ -15,9 +15,9 @@ import dataclasses
 import optax
 
 import fmeta
-from experiments.fewshot.omniglot import task
+from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot, optim
-from fmeta.models import IMAGE, Conv4, forward
+from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'train_shots': 2, 'test_steps': 5}
@@ -39,8 +39,8 @@ class Config(task.Task):
 
 def run(config: Config, context: Context) -> dict:
   """Meta-trains, then tests three ways."""
-  model = forward(Conv4(config.ways, config.filters), IMAGE)
-  alone = task.by_support(config, config.ways)
+  model = forward(task.network(config, config.ways), IMAGE)
+  alone = measure.by_support(config, config.ways)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   adam = optax.scale_by_adam(b1=0.0, b2=0.999)
   inner = fmeta.finetune(loss, optim.with_rates(adam, config.inner_lr))

@@ -5,10 +5,7 @@ and their code): 1,200 characters of all 1,623 to train, 100 of them for
 validation, rotations by 90 degrees as new classes. Tested on 600 episodes of
 the 423 characters that are left, upright.
 
-Statistics of the query batch tell which queries belong together
-("transductive", the published way). The second number judges each query
-alone, normalised by the support set's statistics. The third, with shuffled
-support labels, shows what leaks: it has to be one over the ways.
+What is normalised by what, and what accuracies are reported: `measure`.
 """
 
 import dataclasses
@@ -21,14 +18,15 @@ import numpy as np
 
 import fmeta
 from experiments.common import Seeds, data_devices, fit_options, in_turn
-from fmeta import controls, data, draw, episodes, evaluate, optim, train
+from experiments.fewshot.omniglot import measure
+from fmeta import data, draw, episodes, evaluate, optim, train
 from fmeta.datasets import omniglot
-from fmeta.models import IMAGE, Conv4, forward, init
-from fmeta.report import Line, curves
+from fmeta.models import IMAGE, Conv4, init
 from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 CHARACTERS = 1623
+NORMS = 'transductive', 'group'
 
 
 @dataclasses.dataclass
@@ -43,6 +41,7 @@ class Task:
   shots: int = 1
   queries: int = 1
   filters: int = 64
+  norm: str = 'transductive'  # or 'group', where no image sees another
   meta_batch: int = 32
   chunk: int = 0  # tasks at a time and device, 0: all
   outer_lr: float = 1e-3
@@ -78,7 +77,7 @@ class Method(NamedTuple):
     learner: steps on meta-batches.
     params: where it starts.
     predict: for `evaluate_episodes`, by the statistics of the query batch.
-    predict_alone: the same by those of the support, see `by_support`.
+    predict_alone: the same by those of the support, see `measure.by_support`.
     train_ways: classes per training task.
     by_step: `predict` after 0 to `curve_steps` inner steps; None: has none.
     train_shots: examples per class of a training task; 0: as in testing.
@@ -122,11 +121,24 @@ def load(config: Task, context: Context) -> dict[str, dict]:
   }
 
 
+def network(config: Task, num_classes: int | None) -> Conv4:
+  """The model in training; None: without a head.
+
+  Raises:
+    UsageError: if the norm is none for training from nothing.
+  """
+  if config.norm not in NORMS:
+    raise fmeta.UsageError(
+      f'norm {config.norm!r} is not trained here; choose one of {NORMS}'
+    )
+  return Conv4(num_classes, config.filters, config.norm)
+
+
 def start(config: Task, num_classes: int | None) -> Any:
   """Fresh parameters; None: without a head."""
   side = (1, omniglot.SIDE, omniglot.SIDE, 1)
   return init(
-    Conv4(num_classes, config.filters),
+    network(config, num_classes),
     jax.random.key(config.seed.init),
     {'image': np.zeros(side, np.float32)},
     IMAGE,
@@ -144,31 +156,6 @@ def meta_learner(
       config.meta_batch, config.chunk, data_devices(context)
     ),
   )
-
-
-def by_support(config: Task, num_classes: int | None) -> fmeta.Forward:
-  """The model with norms that use the statistics of `support_image`."""
-  model = Conv4(num_classes, config.filters, norm='running')
-  run = forward(model, IMAGE)
-  side = (1, omniglot.SIDE, omniglot.SIDE, 1)
-  _, empty = init(
-    model, jax.random.key(0), {'image': np.zeros(side, np.float32)}, IMAGE
-  )
-
-  def judge(params, model_state, batch, rng):
-    del rng
-    # A key means training mode: the statistics of this very batch are kept.
-    support = {'image': batch['support_image']}
-    _, statistics = run(params, empty, support, jax.random.key(0))
-    return run(params, statistics, batch, None)[0], model_state
-
-  return judge
-
-
-def with_support(episode: episodes.Episode) -> episodes.Episode:
-  """The episode with its support images beside both parts."""
-  support = {'support_image': episode['support']['image']}
-  return {name: {**part, **support} for name, part in episode.items()}
 
 
 def run(config: Task, context: Context, method: Method) -> dict:
@@ -197,14 +184,18 @@ def run(config: Task, context: Context, method: Method) -> dict:
   validation = held_out('validation', config.validation_episodes)
   fitted = fit(config, context, method, source, validation)
   unseen = held_out('test', config.test_episodes)
-  answers, error = test(method, fitted.params, unseen)
+  answers, error = measure.test(
+    method.predict, method.predict_alone, fitted.params, unseen, config.norm
+  )
   tested = {name: evaluate.summarize(right) for name, right in answers.items()}
-  report(tested)
-  print(f'calibration error (transductive): {100 * error:.2f} %')
+  measure.report(tested)
+  print(f'calibration error ({config.norm}): {100 * error:.2f} %')
   numbers = {name: summary.mean for name, summary in tested.items()}
   numbers['calibration_error'] = error
   if method.by_step:
-    numbers |= curve(method, fitted.params, unseen, context)
+    numbers |= measure.curve(
+      method.by_step, fitted.params, unseen, config.norm, context.workdir
+    )
   data_sha256 = sha256(splits)
   tested_on = (
     f'{data_sha256}, {config.ways} ways, {config.shots} shots, '
@@ -278,53 +269,3 @@ def fit(config, context, method, source, validation):
     value = record['evaluation']['accuracy']
     print(f'step {record["step"]}: validation accuracy {value:.3f}')
   return fitted
-
-
-def test(
-  method: Method, params: Any, held_out: episodes.EpisodeList
-) -> tuple[dict[str, np.ndarray], float]:
-  """Name -> accuracy of each episode; the first's calibration error."""
-  judged = {
-    'accuracy_transductive': (method.predict, held_out.__getitem__),
-    'accuracy_support_statistics': (
-      method.predict_alone,
-      lambda i: with_support(held_out[i]),
-    ),
-    'accuracy_shuffled_labels': (
-      method.predict,
-      lambda i: controls.shuffle_support_labels(held_out[i], 0),
-    ),
-  }
-  found = {
-    name: evaluate.answer_episodes(how, params, source, len(held_out) * 10)
-    for name, (how, source) in judged.items()
-  }
-  error = found['accuracy_transductive'].calibration_error
-  return {name: answers.accuracies for name, answers in found.items()}, error
-
-
-def curve(
-  method: Method, params: Any, held_out: episodes.EpisodeList, context: Context
-) -> dict[str, float]:
-  """Accuracy after each number of inner steps; draws `steps.png`."""
-  right = evaluate.answer_episodes(
-    method.by_step, params, held_out.__getitem__, len(held_out) * 10
-  ).accuracies
-  found = [evaluate.summarize(values) for values in right.T]
-  line = Line(
-    'transductive',
-    range(len(found)),
-    [one.mean for one in found],
-    [one.ci95 for one in found],
-  )
-  picture = curves([line], xlabel='inner steps')
-  (context.workdir / 'steps.png').write_bytes(picture.png)
-  print('accuracy by inner steps:', *(f'{100 * one.mean:.2f}' for one in found))
-  return {f'accuracy_after_{k}': one.mean for k, one in enumerate(found)}
-
-
-def report(tested: dict[str, evaluate.Summary]) -> None:
-  """Prints accuracies."""
-  for name, (mean, (low, high), num) in tested.items():
-    half = 100 * (high - low) / 2
-    print(f'{name}: {100 * mean:.2f} +- {half:.2f} % ({num} episodes)')
