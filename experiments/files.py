@@ -71,9 +71,9 @@ def name_of(source: pathlib.Path) -> str:
 
 def listing() -> str:
   """One line per experiment file: its path and what it says it is."""
-  lines = []
+  docs = {}
   for path in experiments():
     doc = ast.get_docstring(ast.parse(path.read_text())) or ''
-    shown = path.relative_to(HERE.parent).as_posix()
-    lines.append(f'{shown:<46} {doc.partition(chr(10))[0]}'.rstrip())
-  return '\n'.join(lines)
+    docs[path.relative_to(HERE.parent).as_posix()] = doc.partition('\n')[0]
+  width = max(map(len, docs))
+  return '\n'.join(f'{k:<{width}} {v}'.rstrip() for k, v in docs.items())
