@@ -192,7 +192,12 @@ def reptile_loss(
       has of MAML comes from steps on different rows (their section 5.1). Any
       prefix of whole shots of an episode is balanced. None: all rows.
     over: how tasks are mapped.
+
+  Raises:
+    UsageError: if `batch_size` is not positive.
   """
+  if batch_size is not None and batch_size < 1:
+    raise UsageError(f'batch_size {batch_size} has no rows; give at least 1')
 
   def loss(params, model_state, batch, rng):
     # Stopped where it starts: the adaptation is never differentiated, so any

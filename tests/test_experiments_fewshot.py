@@ -13,7 +13,7 @@ import pytest
 from experiments import run
 from experiments.common import Seeds
 from experiments.fewshot import docparams_maml, names, sinusoid_maml
-from experiments.fewshot.omniglot import maml, measure, task
+from experiments.fewshot.omniglot import baseline_plus_plus, maml, measure, task
 from fmeta import data, episodes, scores, tree
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
@@ -134,6 +134,13 @@ def test_group_norm_has_one_accuracy(name, tmp_path, drawn):
     'accuracy_shuffled_labels',
     'calibration_error',
   }
+
+
+def test_the_baseline_refuses_what_only_episodes_have(tmp_path):
+  for field in ({'resident': True}, {'chunk': 1}):
+    config = baseline_plus_plus.Config(**field)
+    with pytest.raises(UsageError, match='trains on no episodes'):
+      baseline_plus_plus.run(config, Context(tmp_path))
 
 
 def test_a_norm_that_cannot_be_trained_from_nothing_is_refused():

@@ -122,6 +122,11 @@ def test_reptile_takes_the_rows_of_the_support_in_turn(x64):
   np.testing.assert_allclose(found['t'], start - t, rtol=1e-12)
 
 
+def test_reptile_of_no_rows_is_refused():
+  with pytest.raises(UsageError, match='batch_size 0 has no rows'):
+    meta.reptile_loss(_inner(), 4, batch_size=0)
+
+
 def test_zero_inner_steps_are_plain_training(x64):
   episodes, params = _episodes(3), {'t': jnp.asarray([1.0, -2.0, 0.5])}
   found = _grad(meta.episode_loss(_inner(), _quadratic, 0), params, episodes)

@@ -5,7 +5,7 @@
 Tasks, network and outer loop are those of `sinusoid_maml`; the network reads
 the task's context parameters beside x, they are zero at the start of every
 task, and one inner step of rate 1 moves them (Zintgraf et al. 2019,
-https://arxiv.org/abs/1810.03642, section 4.1). Expected: below MAML's error
+https://arxiv.org/abs/1810.03642). Expected: below MAML's error
 after one step. Measured: experiments/README.md.
 """
 

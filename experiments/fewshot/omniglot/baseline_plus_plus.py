@@ -50,9 +50,10 @@ def new_head(config: Config) -> fewshot.Start:
 
 def run(config: Config, context: Context) -> dict:
   """Trains a classifier, then adapts its head to each test task."""
-  if config.resident:
+  if config.resident or config.chunk:
     raise fmeta.UsageError(
-      'the baseline has no episodes; leave --config.resident=False'
+      'the baseline trains on no episodes; leave --config.resident=False and '
+      '--config.chunk=0'
     )
   classes = 4 * config.train_characters  # by rotations
   embed = forward(task.network(config, None), IMAGE)

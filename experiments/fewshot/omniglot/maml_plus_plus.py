@@ -70,7 +70,7 @@ def method(config: Config, context: Context) -> task.Method:
   alone = measure.by_support(config, config.ways)
   meta_loss = fewshot.multi_step_loss(inner, loss, steps)
   return task.Method(
-    task.meta_learner(config, context, meta_loss, rate),
+    task.meta_learner(config, context, meta_loss, optim.adam(rate)),
     start(config),
     fmeta.predict_episodes(inner, model, steps),
     fmeta.predict_episodes(inner, alone, steps),

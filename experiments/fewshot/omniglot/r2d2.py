@@ -3,8 +3,7 @@
   python -m experiments.run --config=experiments/fewshot/omniglot/r2d2.py
 
 Everything is `protonet` but for the head and the ways (Bertinetto et al. 2019,
-https://arxiv.org/abs/1805.08136: 98.6 % at 5 ways, 1 shot with a network of
-the same size, Table 2). Measured: experiments/README.md.
+https://arxiv.org/abs/1805.08136). Measured: experiments/README.md.
 """
 
 import dataclasses

@@ -49,7 +49,7 @@ def run(config: Config, context: Context) -> dict:
   )
   rate = optim.warmup_linear(config.outer_lr, config.iterations, warmup=0.0)
   method = task.Method(
-    fmeta.finetune(meta_loss, optim.sgd(rate)),
+    task.meta_learner(config, context, meta_loss, optim.sgd(rate)),
     task.start(config, config.ways),
     fmeta.predict_episodes(inner, model, config.test_steps),
     fmeta.predict_episodes(inner, alone, config.test_steps),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 import fmeta
 from experiments.common import Seeds, data_devices, fit_options, in_turn
@@ -146,12 +147,15 @@ def start(config: Task, num_classes: int | None) -> Any:
 
 
 def meta_learner(
-  config: Task, context: Context, loss: fmeta.LossFn, rate: Any = None
+  config: Task,
+  context: Context,
+  loss: fmeta.LossFn,
+  optimizer: optax.GradientTransformation | None = None,
 ) -> fmeta.Learner:
-  """Adam on a loss of episodes; `rate` is the config's by default."""
+  """Minimises a loss of episodes; by default with Adam at the config's rate."""
   return fmeta.finetune(
     loss,
-    optim.adam(config.outer_lr if rate is None else rate),
+    optimizer or optim.adam(config.outer_lr),
     value_and_grad=in_turn(
       config.meta_batch, config.chunk, data_devices(context)
     ),
