@@ -76,7 +76,7 @@ def run(config: Config, context: Context) -> dict:
   )
   by_step = fewshot.predict_by_step(inner, classify, config.curve_steps)
   method = task.Method(
-    fmeta.finetune(loss, optim.adam(config.outer_lr)),
+    fmeta.finetune(loss, optim.adam(task.outer_rate(config))),
     {**task.start(config, None), 'head': {'kernel': head}},
     predict(embed),
     predict(alone),

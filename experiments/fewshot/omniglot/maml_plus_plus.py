@@ -19,7 +19,7 @@ import optax
 
 import fmeta
 from experiments.fewshot.omniglot import measure, task
-from fmeta import fewshot, optim
+from fmeta import fewshot
 from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
@@ -36,7 +36,7 @@ class Config(task.Task):
   inner_steps: int = 5
   # Of all iterations, those until only the last step's loss counts.
   multi_step: float = 0.1
-  final_lr: float = 0.01  # over the first
+  final_lr: float = 0.01
 
 
 def start(config: Config) -> dict:
@@ -62,15 +62,12 @@ def method(config: Config, context: Context) -> task.Method:
     norms = fewshot.step_offsets(hyper['norms'])
     return fmeta.finetune(loss, optax.chain(rates, norms))
 
-  rate = optim.warmup_cosine(
-    config.outer_lr, config.iterations, warmup=0.0, final=config.final_lr
-  )
   anneal = max(1, round(config.multi_step * config.iterations))
   weights = fewshot.annealed_weights(steps, anneal)
   alone = measure.by_support(config, config.ways)
   meta_loss = fewshot.multi_step_loss(inner, loss, steps)
   return task.Method(
-    task.meta_learner(config, context, meta_loss, optim.adam(rate)),
+    task.meta_learner(config, context, meta_loss),
     start(config),
     fmeta.predict_episodes(inner, model, steps),
     fmeta.predict_episodes(inner, alone, steps),
