@@ -107,16 +107,16 @@ class Family:
 
     return jax.vmap(one)(batch)
 
-  def accuracies(
+  def correct(
     self, params: Any, batches: Iterable[episodes.Episode], factor: float
   ) -> np.ndarray:
-    """Accuracy [episodes, steps] with the inner rates times `factor`."""
+    """Right or not [episodes, steps, queries], inner rates times `factor`."""
     shift = jnp.log(factor)
     hyper = jax.tree.map(lambda rate: rate + shift, params['hyper'])
     params, rights = {**params, 'hyper': hyper}, []
     for batch in batches:
       predicted = np.asarray(self.predict(params, batch)).argmax(-1)
-      rights.append((predicted == batch['query']['label'][:, None]).mean(-1))
+      rights.append(predicted == batch['query']['label'][:, None])
     return np.concatenate(rights)
 
 
@@ -127,7 +127,7 @@ def cost_of(fitted: train.Fitted) -> dict[str, Any]:
 
 
 def choose_and_test(
-  family: Family, bench: Bench, params: Any, controls: int = 0
+  family: Family, bench: Bench, params: Any, *, controls: bool = False
 ) -> dict[str, Any]:
   """Chooses inner rates and steps on validation episodes, then tests.
 
@@ -135,27 +135,31 @@ def choose_and_test(
     family: the inner learner.
     bench: whose classes are meant.
     params: `{'model', 'hyper'}`, meta-trained or not.
-    controls: test episodes that are also run with shuffled labels.
+    controls: also tests with shuffled labels.
   """
-  config = bench.config
+  config, params = bench.config, bench.for_test(params)
   validation, test = bench.held_out('validation'), bench.held_out('test')
+
+  def scores(batches, factor):
+    return bench.scored(family.correct(params, batches, factor))
+
   tried = {
     f'{factor:g} x rate, {steps} steps': float(value)
     for factor in config.rate_factors
     for steps, value in zip(
       config.test_steps,
-      family.accuracies(params, validation, factor).mean(0),
+      scores(validation, factor).mean(0),
       strict=True,
     )
   }
   chosen = best_setting(tried)
   place = list(tried).index(chosen)
   factor = config.rate_factors[place // len(config.test_steps)]
-  curve = family.accuracies(params, test, factor)
+  curve = scores(test, factor)
   column = place % len(config.test_steps)
   shuffled = {}
   if controls:
-    right = family.accuracies(params, bench.controls(controls), factor)
+    right = scores(bench.controls(), factor)
     shuffled = {'shuffled': right[:, column].tolist()}
   return {
     'tried': tried,

@@ -1,12 +1,14 @@
 """Rows, curves and paired differences of a few-shot text table."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from experiments.fewshot.text_task import Bench
-from fmeta import data, evaluate, metrics
+from fmeta import data, evaluate, metrics, report, result
 from fmeta.report import Line, Row
 
 REFERENCE = 'nearest class mean'
@@ -138,3 +140,60 @@ def outcome_of(table: Table, bench: Bench) -> dict[str, Any]:
     'total_parameters': bench.total,
     'data_sha256': data.fingerprint(bench.texts),
   }
+
+
+def present(
+  bench: Bench,
+  name: str,
+  results: dict[str, dict],
+  title: str,
+  note: str,
+  baselines: Sequence[str],
+  began: float,
+) -> dict[str, Any]:
+  """Prints the table, writes the page, gives what `run` returns.
+
+  Args:
+    bench: what was run on.
+    name: prefix of the metrics.
+    results: row -> its trial.
+    title: of the table.
+    note: the protocol in words.
+    baselines: rows drawn in grey.
+    began: `time.perf_counter()` of the start.
+  """
+  config, rows = bench.config, dict(results)
+  reference = rows.pop(REFERENCE)
+  table = compare(
+    name,
+    {key: [made] for key, made in rows.items()},
+    np.array(reference['correct']),
+    config.test_steps,
+    baselines,
+    np.array(reference['shuffled']),
+  )
+  shown = report.Panel(
+    title,
+    'Which method beats the nearest class mean of the frozen encoder?',
+    table.rows,
+    note,
+    report.curves(table.lines, xlabel='inner steps'),
+    reference=REFERENCE,
+    total=bench.total,
+  )
+  print(report.terminal_table(shown), flush=True)
+  outcome = outcome_of(table, bench)
+  report.write_report(
+    bench.context.workdir / 'report.html',
+    f'Few-shot intents: MiniLM on {config.dataset}',
+    [shown],
+    {
+      'hardware': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
+      'seconds': round(time.perf_counter() - began),
+      'date': time.strftime('%Y-%m-%d'),
+      'commit': result.commit(),
+      'data sha256': outcome['data_sha256'],
+      'versions': result.versions(),
+    },
+  )
+  return outcome

@@ -79,6 +79,19 @@ class Bench:
     }
     self.loss = fmeta.supervised(self.classify, fmeta.softmax_cross_entropy)
 
+  @property
+  def test_ways(self) -> int:
+    """Classes of a task in validation and testing."""
+    return self.config.ways
+
+  def for_test(self, params: Any) -> Any:
+    """Outer parameters `{'model', 'hyper'}` as a task of `test_ways` needs."""
+    return params
+
+  def scored(self, right: np.ndarray) -> np.ndarray:
+    """[episodes, steps, queries] to [n, steps]: what is paired and counted."""
+    return right.mean(-1)
+
   def of(self, classes: Mapping[str, Sequence[str]]) -> 'Bench':
     """The same states with other classes."""
     other = copy.copy(self)
@@ -132,9 +145,10 @@ class Bench:
       key='name',
     )
 
-  def controls(self, count: int) -> list[episodes.Episode]:
+  def controls(self) -> list[episodes.Episode]:
     """The first test episodes with shuffled support labels."""
-    batches = self.held_out('test')[: count // self.config.tasks]
+    count = self.config.control_episodes // self.config.tasks
+    batches = self.held_out('test')[:count]
     return [controls.shuffle_support_labels(b, _SHUFFLE) for b in batches]
 
   def meta_fit(
@@ -163,11 +177,24 @@ class Bench:
 def nearest_mean(
   bench: Bench, batches: Sequence[episodes.Episode] | None = None
 ) -> np.ndarray:
-  """Accuracy [episodes] of the frozen model, by cosine."""
+  """Scores [n] of the frozen model, by cosine."""
   predict = baselines.nearest_mean_episodes(
-    bench.embed, baselines.nearest_mean_cosine, bench.config.ways
+    bench.embed, baselines.nearest_mean_cosine, bench.test_ways
   )
   given = bench.held_out('test') if batches is None else batches
-  return evaluate.evaluate_episodes(
-    predict, bench.start, given.__getitem__, len(given) * bench.config.tasks
+  return head_scores(bench, predict, bench.start, given)
+
+
+def head_scores(
+  bench: Bench,
+  predict: evaluate.PredictEpisode,
+  params: Any,
+  batches: Sequence[episodes.Episode],
+) -> np.ndarray:
+  """What `bench.scored` makes of a method without inner steps, [n]."""
+  count = len(batches) * len(batches[0]['query']['label'])
+  answers = evaluate.answer_episodes(
+    predict, params, batches.__getitem__, count
   )
+  right = answers.logits.argmax(-1) == answers.labels
+  return bench.scored(right[:, None])[:, 0]
