@@ -151,10 +151,6 @@ def test_the_memory_benchmark_reports_every_way(tmp_path, capsys):
   assert numbers['metrics']['lora mixed+blocks growth'] < 0.2
 
 
-if __name__ == '__main__':
-  print(temporary_bytes(False), temporary_bytes(True))
-
-
 def test_segments_hold_few_states():
   held = meta_memory.states_held
   assert [held(n, 'mixed') for n in (1, 5, 100)] == [1, 5, 100]
@@ -162,3 +158,19 @@ def test_segments_hold_few_states():
     *(2, 6, 9),
     20,
   ]
+
+
+@pytest.mark.oracle  # No peer, but a program to compile for one number.
+def test_the_memory_benchmark_runs_what_it_compiles():
+  config = meta_memory.Config(**{**meta_memory.SMALL, 'execute': True})
+  line = meta_memory.measure(config, 'lora', 4, meta_memory.SEGMENTS)
+  assert line['finite'] and line['seconds'] > 0
+  assert line['resident_mib'] > 50
+  texts = meta_memory.random_texts(config)
+  for part in texts.values():
+    assert part['label'].tolist() == [[0, 1, 2, 3, 4]]
+    assert part['input_ids'].max() < config.vocab_size
+
+
+if __name__ == '__main__':
+  print(temporary_bytes(False), temporary_bytes(True))

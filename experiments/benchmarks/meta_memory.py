@@ -4,9 +4,10 @@
     --config=experiments/benchmarks/meta_memory.py
 
 One 5-way 5-shot episode of a BERT of MiniLM's size with random weights,
-compiled and not run: the outer gradient of LoRA-MAML (factors and head move in
-both loops) and of full MAML. One JSON line per row, number of inner steps and
-way of `fmeta.through`, with and without `BertConfig.remat` ("blocks");
+compiled, and run only if `--config.execute=True`: the outer gradient of
+LoRA-MAML (factors and head move in both loops) and of full MAML. One JSON line
+per row, number of inner steps and way of `fmeta.through`, with and without
+`BertConfig.remat` ("blocks");
 "segments" is `in_segments` with the largest divisor up to the square root:
 
   temp_bytes          XLA's temporary buffers: all but arguments and results
@@ -18,6 +19,10 @@ way of `fmeta.through`, with and without `BertConfig.remat` ("blocks");
   ratio_without       `ratio` after subtracting state_bytes from temp_bytes
   flops               as XLA counts them, each loop's body once: one inner
                       step forward, one backward, and the query's gradient
+  seconds             of one gradient of random texts, if executed
+  resident_mib        the most that the process has held until then, XLA's
+                      compiler included
+  finite              whether all of that gradient is
 
 XLA's scheduler on CPU prefers concurrency to memory and computes what a
 checkpoint leaves out long before it is needed. `FMETA_LESS_MEMORY=1` puts
@@ -40,8 +45,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fmeta
+from experiments.benchmarks import paired
 from fmeta import adapters, models, optim, through, tree
 from fmeta.workdir import Context
 
@@ -91,6 +98,7 @@ class Config:
   num_layers: int = 6
   num_heads: int = 12
   intermediate_size: int = 1536
+  execute: bool = False
 
 
 SMALL = {
@@ -201,7 +209,41 @@ def measure(
     'flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
     'compile_seconds': round(seconds, 1),
     'memory_first': MEMORY_FIRST in os.environ.get('XLA_FLAGS', ''),
+    **(execute(config, outer, params_of, compiled) if config.execute else {}),
   }
+
+
+def execute(
+  config: Config, outer: fmeta.Learner, params_of: Callable, compiled: Any
+) -> dict[str, Any]:
+  """Runs a compiled gradient once on random weights and texts."""
+  key = jax.random.key(0)
+  state = outer.init(jax.jit(params_of)(key), key)
+  began = time.perf_counter()
+  gradient = jax.block_until_ready(compiled(state, random_texts(config), key))
+  return {
+    'seconds': round(time.perf_counter() - began, 2),
+    'resident_mib': paired.peak_bytes() // 2**20,
+    'finite': all(
+      bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient)
+    ),
+  }
+
+
+def random_texts(config: Config) -> dict[str, dict[str, np.ndarray]]:
+  """A meta-batch of full-length texts, as many of each class."""
+  rng = np.random.default_rng(0)
+
+  def filled(path, leaf):
+    name = path[-1].key
+    if name == 'label':
+      classes = np.arange(leaf.shape[1]) % config.classes
+      return np.broadcast_to(classes, leaf.shape).astype(leaf.dtype)
+    if name == 'attention_mask':
+      return np.ones(leaf.shape, leaf.dtype)
+    return rng.integers(config.vocab_size, size=leaf.shape, dtype=leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(filled, episodes(config))
 
 
 def states_held(num_steps: int, way: str) -> int:
