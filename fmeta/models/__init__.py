@@ -17,6 +17,7 @@ from fmeta.models.bert import BertClassifier
 from fmeta.models.bert_layers import BertConfig, with_dropout
 from fmeta.models.conv import BatchNorm, Conv4, MatmulConv
 from fmeta.models.mlp import Mlp
+from fmeta.models.precision import PRECISIONS, computing_in
 from fmeta.models.resnet import ResNet
 from fmeta.types import Array, Batch, Forward, ModelState, Params
 
@@ -30,7 +31,9 @@ __all__ = [
   'ResNet',
   'TEXT',
   'PACKED_TEXT',
+  'PRECISIONS',
   'IMAGE',
+  'computing_in',
   'forward',
   'init',
   'with_dropout',

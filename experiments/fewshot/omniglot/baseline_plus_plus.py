@@ -19,7 +19,6 @@ import numpy as np
 import fmeta
 from experiments.fewshot.omniglot import measure, task
 from fmeta import data, fewshot, optim
-from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'batch_size': 16, 'test_steps': 5}
@@ -56,7 +55,7 @@ def run(config: Config, context: Context) -> dict:
       '--config.chunk=0'
     )
   classes = 4 * config.train_characters  # by rotations
-  embed = forward(task.network(config, None), IMAGE)
+  embed = task.model(config, None)
   alone = measure.by_support(config, None)
   classify = fewshot.cosine_classifier(embed, config.scale)
   loss = fmeta.supervised(classify, fmeta.softmax_cross_entropy)

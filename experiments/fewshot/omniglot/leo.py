@@ -14,7 +14,6 @@ import jax
 from experiments.fewshot.omniglot import measure, task
 from experiments.fewshot.omniglot.proto_maml import body_alone
 from fmeta import fewshot
-from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'latents': 4, 'latent_steps': 2, 'head_steps': 1}
@@ -33,7 +32,7 @@ class Config(task.Task):
 
 def run(config: Config, context: Context) -> dict:
   """Meta-trains, then tests three ways."""
-  embed = body_alone(forward(task.network(config, None), IMAGE))
+  embed = body_alone(task.model(config, None))
   alone = body_alone(measure.by_support(config, None))
   steps = {
     'latent_steps': config.latent_steps,

@@ -17,7 +17,6 @@ from typing import Any
 import fmeta
 from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot, optim, through
-from fmeta.models import IMAGE, forward
 from fmeta.types import Forward
 from fmeta.workdir import Context
 
@@ -59,7 +58,7 @@ def method(
     model_of: wraps Conv4.
     how: the inner loop is differentiated.
   """
-  model = model_of(forward(task.network(config, config.ways), IMAGE))
+  model = model_of(task.model(config, config.ways))
   alone = model_of(measure.by_support(config, config.ways))
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   inner = make_inner(loss)

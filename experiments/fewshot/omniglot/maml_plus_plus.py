@@ -20,7 +20,6 @@ import optax
 import fmeta
 from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot
-from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'inner_steps': 2}
@@ -53,7 +52,7 @@ def start(config: Config) -> dict:
 
 def method(config: Config, context: Context) -> task.Method:
   """MAML++."""
-  model = forward(task.network(config, config.ways), IMAGE)
+  model = task.model(config, config.ways)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   steps = config.inner_steps
 

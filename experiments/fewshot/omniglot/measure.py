@@ -17,7 +17,7 @@ import numpy as np
 import fmeta
 from fmeta import controls, episodes, evaluate
 from fmeta.datasets import omniglot
-from fmeta.models import IMAGE, Conv4, forward, init
+from fmeta.models import IMAGE, Conv4, computing_in, forward, init
 from fmeta.report import Line, curves
 
 
@@ -28,10 +28,11 @@ def by_support(config: Any, num_classes: int | None) -> fmeta.Forward:
     config: with `filters` and `norm`.
     num_classes: of the head; None: without one.
   """
-  if config.norm == 'group':
-    return forward(Conv4(num_classes, config.filters, 'group'), IMAGE)
-  model = Conv4(num_classes, config.filters, norm='running')
-  run = forward(model, IMAGE)
+  norm = 'group' if config.norm == 'group' else 'running'
+  model = Conv4(num_classes, config.filters, norm)
+  run = computing_in(forward(model, IMAGE), config.precision)
+  if norm == 'group':
+    return run
   side = (1, omniglot.SIDE, omniglot.SIDE, 1)
   _, empty = init(
     model, jax.random.key(0), {'image': np.zeros(side, np.float32)}, IMAGE

@@ -15,7 +15,6 @@ import fmeta
 from experiments.fewshot.omniglot import measure, protonet, task
 from fmeta import fewshot, optim
 from fmeta.data import augment_images
-from fmeta.models import IMAGE, forward
 from fmeta.types import Forward
 from fmeta.workdir import Context
 
@@ -45,7 +44,7 @@ def run(config: Config, context: Context) -> dict:
     )
 
   method = protonet.method(config, context, head)._replace(
-    predict=tuned(forward(task.network(config, None), IMAGE)),
+    predict=tuned(task.model(config, None)),
     predict_alone=tuned(measure.by_support(config, None)),
   )
   return task.run(config, context, method)

@@ -13,7 +13,6 @@ import dataclasses
 import fmeta
 from experiments.fewshot.omniglot import maml, measure, task
 from fmeta import fewshot
-from fmeta.models import IMAGE, forward
 from fmeta.types import Forward
 from fmeta.workdir import Context
 
@@ -29,8 +28,8 @@ class Config(maml.Config):
 
 def run(config: Config, context: Context) -> dict:
   """MAML from each task's own start."""
-  embed = forward(task.network(config, None), IMAGE)
-  model = forward(task.network(config, config.ways), IMAGE)
+  embed = task.model(config, None)
+  model = task.model(config, config.ways)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   inner = maml.sgd_inner(config)(loss)
   start = fewshot.prototype_start(body_alone(embed), config.ways)

@@ -16,7 +16,6 @@ from typing import Any
 from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot
 from fmeta.losses import Criterion, softmax_cross_entropy
-from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'train_ways': 10, 'queries': 1, 'meta_batch': 1}
@@ -48,7 +47,7 @@ def method(
     hyper: its outer parameters if it is `Learned`.
     criterion: the loss per query.
   """
-  embed = forward(task.network(config, None), IMAGE)
+  embed = task.model(config, None)
   alone = measure.by_support(config, None)
   loss = fewshot.head_loss(head, embed, config.train_ways, criterion)
   model = task.start(config, None)

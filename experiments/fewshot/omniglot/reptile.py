@@ -17,7 +17,6 @@ import optax
 import fmeta
 from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot, optim
-from fmeta.models import IMAGE, forward
 from fmeta.workdir import Context
 
 SMALL = {**task.SMALL, 'train_shots': 2, 'test_steps': 5}
@@ -39,7 +38,7 @@ class Config(task.Task):
 
 def run(config: Config, context: Context) -> dict:
   """Meta-trains, then tests three ways."""
-  model = forward(task.network(config, config.ways), IMAGE)
+  model = task.model(config, config.ways)
   alone = measure.by_support(config, config.ways)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   adam = optax.scale_by_adam(b1=0.0, b2=0.999)

@@ -22,7 +22,7 @@ from experiments.common import Seeds, data_devices, fit_options, in_turn
 from experiments.fewshot.omniglot import measure
 from fmeta import data, draw, episodes, evaluate, optim, train
 from fmeta.datasets import omniglot
-from fmeta.models import IMAGE, Conv4, init
+from fmeta.models import IMAGE, Conv4, computing_in, forward, init
 from fmeta.scores import Scores
 from fmeta.workdir import Context
 
@@ -43,6 +43,7 @@ class Task:
   queries: int = 1
   filters: int = 64
   norm: str = 'transductive'  # or 'group', where no image sees another
+  precision: str = 'float32'  # or 'tf32', 'bfloat16', see `computing_in`
   meta_batch: int = 32
   chunk: int = 0  # tasks at a time and device, 0: all
   outer_lr: float = 1e-3
@@ -134,6 +135,13 @@ def network(config: Task, num_classes: int | None) -> Conv4:
       f'norm {config.norm!r} is not trained here; choose one of {NORMS}'
     )
   return Conv4(num_classes, config.filters, config.norm)
+
+
+def model(config: Task, num_classes: int | None) -> fmeta.Forward:
+  """`network` as a function, in the precision of the config."""
+  return computing_in(
+    forward(network(config, num_classes), IMAGE), config.precision
+  )
 
 
 def start(config: Task, num_classes: int | None) -> Any:
