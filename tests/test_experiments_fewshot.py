@@ -13,7 +13,13 @@ import pytest
 from experiments import run
 from experiments.common import Seeds
 from experiments.fewshot import docparams_maml, names, sinusoid_maml
-from experiments.fewshot.omniglot import baseline_plus_plus, maml, measure, task
+from experiments.fewshot.omniglot import (
+  baseline_plus_plus,
+  maml,
+  measure,
+  splits,
+  task,
+)
 from fmeta import data, episodes, scores, tree
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
@@ -57,7 +63,8 @@ def drawn_characters(num_classes=60, seed=0):
   noise = 0.1 * rng.random((len(label), *pictures.shape[1:]))
   image = (0.9 * pictures[label] + noise).astype(np.float32)
   half = len(label) // 2
-  columns = {'image': image, 'label': label.astype(np.int32)}
+  label = label.astype(np.int32)
+  columns = {'image': image, 'label': label, 'alphabet': label // 7}
   return {
     'background': data.take(columns, slice(0, half)),
     'evaluation': data.take(columns, slice(half, None)),
@@ -67,7 +74,6 @@ def drawn_characters(num_classes=60, seed=0):
 @pytest.fixture
 def drawn(monkeypatch):
   monkeypatch.setattr(omniglot, 'load', lambda folder: drawn_characters())
-  monkeypatch.setattr(task, 'CHARACTERS', 60)
 
 
 @pytest.mark.parametrize('name', ['sinusoid_maml', 'sinusoid_cavia'])
@@ -100,40 +106,69 @@ LOOPS = (
 
 
 @pytest.mark.parametrize('name', [*LOOPS, *HEADS, 'baseline_plus_plus'])
-def test_omniglot_runs_and_reports_three_accuracies(name, tmp_path, drawn):
+def test_omniglot_runs_and_reports_three_accuracies(
+  name, tmp_path, drawn, capsys
+):
   result = small(f'omniglot/{name}', tmp_path / 'run')
   numbers = result['metrics']
-  by_step = {key for key in numbers if key.startswith('accuracy_after_')}
+  by_step = {key for key in numbers if '_after_' in key}
   assert set(numbers) - by_step == {
     'accuracy_transductive',
     'accuracy_support_statistics',
-    'accuracy_shuffled_labels',
+    'accuracy_transductive_shuffled_labels',
     'calibration_error',
+    'episodes',
   }
+  assert numbers.pop('episodes') == 20
   assert all(0 <= value <= 1 for value in numbers.values())
+  assert set(result['ci95']) == set(numbers) - {'calibration_error'}
+  shown = [x for x in capsys.readouterr().out.splitlines() if 'accuracy' in x]
+  shown = [line for line in shown if not line.startswith('meta step')]
+  assert len(shown) >= 5
+  for line in shown:
+    assert 'transductive' in line or 'support_statistics' in line
+    assert 'episodes)' in line
   adapts = name not in HEADS
   assert bool(by_step) == adapts
   assert (tmp_path / 'run' / 'steps.png').exists() == adapts
   if name == 'maml':  # Tested after three steps.
     expected = numbers['accuracy_transductive']
     assert len(by_step) == 11
-    assert numbers['accuracy_after_3'] == pytest.approx(expected, abs=0.02)
+    found = numbers['accuracy_transductive_after_3']
+    assert found == pytest.approx(expected, abs=0.005)
   assert (tmp_path / 'run' / 'fit' / 'metrics.jsonl').exists()
   kept = scores.load(tmp_path / 'run')
   means = {key: one.mean.mean for key, one in kept.items()}
   assert means == pytest.approx({key: numbers[key] for key in means})
-  assert len(means) == 3
+  assert len(means) == 3 + len(by_step)
 
 
 @pytest.mark.parametrize('name', ['maml', 'protonet'])
 def test_group_norm_has_one_accuracy(name, tmp_path, drawn):
   result = small(f'omniglot/{name}', tmp_path / 'run', norm='group')
-  by_step = {f'accuracy_after_{k}' for k in range(11)}
+  by_step = {f'accuracy_group_after_{k}' for k in range(11)}
   assert set(result['metrics']) - by_step == {
     'accuracy_group',
-    'accuracy_shuffled_labels',
+    'accuracy_group_shuffled_labels',
     'calibration_error',
+    'episodes',
   }
+
+
+def test_accuracy_by_shots_uses_more_and_more_of_one_support(tmp_path, drawn):
+  folder = tmp_path / 'run'
+  result = small(
+    'omniglot/protonet', folder, curve_shots=(3, 1), curve_episodes=30, shots=3
+  )
+  assert (folder / 'shots.png').read_bytes().startswith(b'\x89PNG')
+  numbers, kept = result['metrics'], scores.load(folder)
+  one, three = (kept[f'accuracy_transductive_{k}_shots'] for k in (1, 3))
+  assert len(one.values) == len(three.values) == 30
+  # As many shots as in the test: the same first episodes.
+  tested = kept['accuracy_transductive']
+  np.testing.assert_allclose(three.values[:20], tested.values)
+  assert one.tested_on == three.tested_on != tested.tested_on
+  assert set(result['ci95']) == {k for k in numbers if k.startswith('accuracy')}
 
 
 def test_the_baseline_refuses_what_only_episodes_have(tmp_path):
@@ -164,10 +199,10 @@ def test_a_meta_step_moves_what_the_method_learns(name, tmp_path, drawn):
   seen = {}
 
   def keep(config, context, method):
-    splits = task.load(config, context)
+    parts = splits.load(config, context)
     source = method.source(
       episodes.episodes(
-        splits['train'],
+        parts['train'],
         method.train_ways,
         method.train_shots or config.shots,
         config.queries,
@@ -199,15 +234,51 @@ def test_a_meta_step_moves_what_the_method_learns(name, tmp_path, drawn):
 
 def test_characters_of_the_three_splits_are_disjoint(tmp_path, drawn):
   config = maml.Config(**maml.SMALL)
-  splits = task.load(config, Context(tmp_path))
+  parts = splits.load(config, Context(tmp_path))
   upright, validation, test = (
-    set(splits[name]['label'][:600].tolist())  # the first turn comes first
+    set(parts[name]['label'][:600].tolist())  # the first turn comes first
     for name in ('train', 'validation', 'test')
   )
   assert len(upright) == 30 and upright | validation | test == set(range(60))
   assert not upright & validation and not validation & test
-  assert len(splits['train']['label']) == 4 * 30 * 20
-  assert len(np.unique(splits['train']['label'])) == 4 * 30
+  assert len(parts['train']['label']) == 4 * 30 * 20
+  assert len(np.unique(parts['train']['label'])) == 4 * 30
+  # Nor does a turned image of one be trained on.
+  seen = {image.tobytes() for image in parts['train']['image']}
+  for image in np.concatenate(
+    [parts[n]['image'] for n in ('validation', 'test')]
+  ):
+    turns = [np.rot90(image, turn) for turn in range(4)]
+    assert not seen & {turn.tobytes() for turn in turns}
+
+
+def test_alphabets_are_split_whole(tmp_path, drawn):
+  config = maml.Config(**maml.SMALL, split='alphabets', split_seed=3)
+  parts = splits.load(config, Context(tmp_path))
+  train = parts['train']['label']
+  # Nine alphabets of seven characters, the last of four (see `drawn`).
+  groups = [
+    {label // 7 for label in labels.tolist()}
+    for labels in (
+      train[: len(train) // 4],
+      parts['validation']['label'],
+      parts['test']['label'],
+    )
+  ]
+  sizes = [{k: 7 for k in range(8)} | {8: 4}][0]
+  assert sorted(sum(map(sorted, groups), [])) == list(range(9))
+  counts = [sum(sizes[k] for k in group) for group in groups]
+  assert sum(counts) == 60
+  # The fewest alphabets that have as many characters as were asked for.
+  assert 30 <= counts[0] < 37 and 10 <= counts[1] < 17
+  for part in parts.values():
+    assert set(part) == {'image', 'label'}
+
+
+def test_an_unknown_split_is_refused(tmp_path, drawn):
+  config = maml.Config(**maml.SMALL, split='lake')
+  with pytest.raises(UsageError, match="no split 'lake'; choose one of"):
+    splits.load(config, Context(tmp_path))
 
 
 def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
@@ -231,7 +302,7 @@ def test_judging_alone_does_not_depend_on_the_other_queries(drawn):
 def test_too_many_characters_are_refused_in_one_line(tmp_path, drawn):
   config = maml.Config(train_characters=58, validation_characters=1)
   with pytest.raises(UsageError, match='leave 1 of 60 to test on'):
-    task.load(config, Context(tmp_path))
+    splits.load(config, Context(tmp_path))
 
 
 @pytest.fixture

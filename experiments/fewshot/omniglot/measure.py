@@ -7,8 +7,9 @@ time, so it has one number. With shuffled support labels every method must be
 at one over the ways: what is above has leaked.
 """
 
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ def test(
       predict_alone,
       lambda i: with_support(held_out[i]),
     )
-  judged['accuracy_shuffled_labels'] = (
+  judged[f'{first}_shuffled_labels'] = (
     predict,
     lambda i: controls.shuffle_support_labels(held_out[i], 0),
   )
@@ -89,31 +90,66 @@ def test(
   return {name: answers.accuracies for name, answers in found.items()}, error
 
 
-def curve(
-  by_step: Callable,
-  params: Any,
-  held_out: episodes.EpisodeList,
-  norm: str,
-  folder: pathlib.Path,
-) -> dict[str, float]:
-  """Accuracy after each number of inner steps; draws `steps.png`."""
+def after_steps(
+  by_step: Callable, params: Any, held_out: episodes.EpisodeList, norm: str
+) -> dict[str, np.ndarray]:
+  """Name -> accuracy of each episode, after each number of inner steps."""
   right = evaluate.answer_episodes(
     by_step, params, held_out.__getitem__, len(held_out) * 10
   ).accuracies
-  found = [evaluate.summarize(values) for values in right.T]
-  line = Line(
-    norm,
-    range(len(found)),
-    [one.mean for one in found],
-    [one.ci95 for one in found],
+  return {f'accuracy_{norm}_after_{k}': at for k, at in enumerate(right.T)}
+
+
+def with_shots(
+  predict: Callable,
+  params: Any,
+  most: episodes.EpisodeList,
+  shots: Sequence[int],
+  norm: str,
+) -> dict[str, np.ndarray]:
+  """Name -> accuracy of each episode, with more and more of its support.
+
+  Args:
+    predict: as in `test`.
+    params: trained.
+    most: episodes of the largest number of shots.
+    shots: how many of them are used.
+    norm: as in training.
+  """
+
+  def cut(i, used):
+    episode = most[i]
+    # The support is in whole shots: its start is a smaller support set.
+    support = {
+      key: rows[:, : most.source.ways * used]
+      for key, rows in episode['support'].items()
+    }
+    return {**episode, 'support': support}
+
+  return {
+    f'accuracy_{norm}_{used}_shots': evaluate.evaluate_episodes(
+      predict, params, functools.partial(cut, used=used), len(most) * 10
+    )
+    for used in shots
+  }
+
+
+def draw_curve(
+  found: dict[str, np.ndarray],
+  places: Sequence[int],
+  norm: str,
+  xlabel: str,
+  path: pathlib.Path,
+) -> None:
+  """Prints means at `places` and draws them with their intervals."""
+  at = [evaluate.summarize(values) for values in found.values()]
+  line = Line(norm, places, [one.mean for one in at], [one.ci95 for one in at])
+  path.write_bytes(curves([line], xlabel=xlabel).png)
+  shown = ', '.join(
+    f'{place}: {100 * one.mean:.2f}'
+    for place, one in zip(places, at, strict=True)
   )
-  picture = curves([line], xlabel='inner steps')
-  (folder / 'steps.png').write_bytes(picture.png)
-  print(
-    f'accuracy by inner steps ({norm}):',
-    *(f'{100 * one.mean:.2f}' for one in found),
-  )
-  return {f'accuracy_after_{k}': one.mean for k, one in enumerate(found)}
+  print(f'accuracy ({norm}) by {xlabel}: {shown} % ({at[0].n} episodes)')
 
 
 def report(tested: dict[str, evaluate.Summary]) -> None:

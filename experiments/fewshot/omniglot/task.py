@@ -1,15 +1,15 @@
-"""Omniglot's splits, training and testing as all methods share them.
+"""Omniglot's training and testing as all methods share them.
 
 The protocol of Finn et al. 2017 (https://arxiv.org/abs/1703.03400, section 5.2
 and their code): 1,200 characters of all 1,623 to train, 100 of them for
 validation, rotations by 90 degrees as new classes. Tested on 600 episodes of
 the 423 characters that are left, upright.
 
-What is normalised by what, and what accuracies are reported: `measure`.
+Which characters those are: `splits`. What is normalised by what, and what
+accuracies are reported: `measure`.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,14 +19,13 @@ import optax
 
 import fmeta
 from experiments.common import Seeds, data_devices, fit_options, in_turn
-from experiments.fewshot.omniglot import measure
-from fmeta import data, draw, episodes, evaluate, optim, train
+from experiments.fewshot.omniglot import measure, splits
+from fmeta import episodes, evaluate, optim, train
 from fmeta.datasets import omniglot
 from fmeta.models import IMAGE, Conv4, computing_in, forward, init
 from fmeta.scores import Scores
 from fmeta.workdir import Context
 
-CHARACTERS = 1623
 NORMS = 'transductive', 'group'
 
 
@@ -35,6 +34,7 @@ class Task:
   """What one would sweep whatever the method; defaults as in the protocol."""
 
   seed: Seeds = dataclasses.field(default_factory=Seeds)
+  split: str = 'random'  # or 'alphabets', see `splits`
   split_seed: int = 0
   train_characters: int = 1100
   validation_characters: int = 100
@@ -58,6 +58,8 @@ class Task:
   test_episodes: int = 600
   test_queries: int = 5
   curve_steps: int = 10  # of the picture of accuracy by inner steps
+  curve_shots: tuple[int, ...] = (1, 2, 5, 10)  # of that by shots
+  curve_episodes: int = 200
 
 
 SMALL = {
@@ -70,6 +72,7 @@ SMALL = {
   'evaluate_every': 2,
   'validation_episodes': 10,
   'test_episodes': 20,
+  'curve_shots': (),
 }
 
 
@@ -95,33 +98,6 @@ class Method(NamedTuple):
   by_step: Callable | None = None
   train_shots: int = 0
   source: Callable = lambda batches: batches
-
-
-def load(config: Task, context: Context) -> dict[str, dict]:
-  """Images by split of the characters; those to train on in four turns."""
-  folder = context.data_dir or os.environ.get('FMETA_SHARED_DATA')
-  splits = omniglot.load(folder)
-  every = {
-    key: np.concatenate([splits[name][key] for name in splits])
-    for key in ('image', 'label')
-  }
-  order = draw.permutation(config.split_seed, draw.EPOCH, 0, CHARACTERS)
-  first = config.train_characters
-  last = first + config.validation_characters
-  if last + config.ways > CHARACTERS:
-    raise fmeta.UsageError(
-      f'{last} characters to train and validate on leave {CHARACTERS - last} '
-      f'of {CHARACTERS} to test on; {config.ways} ways need more'
-    )
-
-  def rows(characters):
-    return data.take(every, np.isin(every['label'], characters))
-
-  return {
-    'train': episodes.with_rotations(rows(order[:first])),
-    'validation': rows(order[first:last]),
-    'test': rows(order[last:]),
-  }
 
 
 def network(config: Task, num_classes: int | None) -> Conv4:
@@ -182,13 +158,13 @@ def meta_learner(
 
 def run(config: Task, context: Context, method: Method) -> dict:
   """Trains, then tests three ways."""
-  splits = load(config, context)
+  parts = splits.load(config, context)
 
-  def held_out(split, num):
+  def held_out(split, num, shots=config.shots):
     return episodes.evaluation_episodes(
-      splits[split],
+      parts[split],
       config.ways,
-      config.shots,
+      shots,
       config.test_queries,
       0,
       num,
@@ -196,7 +172,7 @@ def run(config: Task, context: Context, method: Method) -> dict:
     )
 
   source = episodes.episodes(
-    splits['train'],
+    parts['train'],
     method.train_ways,
     method.train_shots or config.shots,
     config.queries,
@@ -209,22 +185,50 @@ def run(config: Task, context: Context, method: Method) -> dict:
   answers, error = measure.test(
     method.predict, method.predict_alone, fitted.params, unseen, config.norm
   )
-  tested = {name: evaluate.summarize(right) for name, right in answers.items()}
-  measure.report(tested)
+  measure.report({k: evaluate.summarize(v) for k, v in answers.items()})
   print(f'calibration error ({config.norm}): {100 * error:.2f} %')
-  numbers = {name: summary.mean for name, summary in tested.items()}
-  numbers['calibration_error'] = error
   if method.by_step:
-    numbers |= measure.curve(
-      method.by_step, fitted.params, unseen, config.norm, context.workdir
+    found = measure.after_steps(
+      method.by_step, fitted.params, unseen, config.norm
     )
-  data_sha256 = sha256(splits)
-  tested_on = (
-    f'{data_sha256}, {config.ways} ways, {config.shots} shots, '
-    f'{config.test_queries} queries'
-  )
+    measure.draw_curve(
+      found,
+      range(config.curve_steps + 1),
+      config.norm,
+      'inner steps',
+      context.workdir / 'steps.png',
+    )
+    answers |= found
+  data_sha256 = splits.sha256(parts)
+
+  def tested_on(shots):
+    return (
+      f'{data_sha256}, {config.ways} ways, {shots} shots, '
+      f'{config.test_queries} queries'
+    )
+
+  lists = dict.fromkeys(answers, tested_on(config.shots))
+  if config.curve_shots:
+    shots = sorted(config.curve_shots)
+    found = measure.with_shots(
+      method.predict,
+      fitted.params,
+      held_out('test', config.curve_episodes, shots[-1]),
+      shots,
+      config.norm,
+    )
+    path = context.workdir / 'shots.png'
+    measure.draw_curve(found, shots, config.norm, 'shots', path)
+    answers |= found
+    lists |= dict.fromkeys(found, tested_on(f'up to {shots[-1]}'))
+  tested = {name: evaluate.summarize(right) for name, right in answers.items()}
+  numbers = {name: summary.mean for name, summary in tested.items()}
   return {
-    'metrics': numbers,
+    'metrics': {
+      **numbers,
+      'calibration_error': error,
+      'episodes': config.test_episodes,
+    },
     'ci95': {name: summary.ci95 for name, summary in tested.items()},
     'steps': fitted.steps,
     'examples_per_second': fitted.examples_per_second,
@@ -234,20 +238,9 @@ def run(config: Task, context: Context, method: Method) -> dict:
     'total_parameters': fmeta.tree.size(fitted.params),
     'data_sha256': data_sha256,
     'scores': {
-      name: Scores(right, tested_on) for name, right in answers.items()
+      name: Scores(right, lists[name]) for name, right in answers.items()
     },
   }
-
-
-def sha256(splits: dict[str, dict]) -> str:
-  """Of all images and labels, split by split."""
-  return data.fingerprint(
-    {
-      f'{split} {key}': column
-      for split, columns in splits.items()
-      for key, column in columns.items()
-    }
-  )
 
 
 def images(source: episodes.Episodes) -> dict[str, np.ndarray]:
@@ -289,5 +282,8 @@ def fit(config, context, method, source, validation):
   )
   for record in fitted.evaluations:
     value = record['evaluation']['accuracy']
-    print(f'step {record["step"]}: validation accuracy {value:.3f}')
+    print(
+      f'step {record["step"]}: validation accuracy ({config.norm}) {value:.3f}'
+      f' ({config.validation_episodes} episodes)'
+    )
   return fitted
