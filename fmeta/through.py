@@ -143,17 +143,26 @@ def _taking(value_and_grad, fun):
   return run
 
 
-def cg(num_steps: int) -> Solve:
+def cg(num_steps: int, damping: float = 0.0) -> Solve:
   """`num_steps` steps of conjugate gradients from zero.
 
   Exact after as many steps as H has distinct eigenvalues (iMAML's choice,
-  Rajeswaran et al. 2019, https://arxiv.org/abs/1909.04630, algorithm 2).
+  Rajeswaran et al. 2019, https://arxiv.org/abs/1909.04630, algorithm 2), if H
+  is positive definite. A network's rarely is.
+
+  Args:
+    num_steps: each costs one Hessian-vector product.
+    damping: added to H's diagonal; the bias that it brings is the price of a
+      definite system.
   """
   _require_steps('cg', num_steps)
 
   def solve(product, v):
+    def damped(u):
+      return jax.tree.map(lambda h, x: h + damping * x, product(u), u)
+
     return jax.scipy.sparse.linalg.cg(
-      product, v, tol=0.0, atol=0.0, maxiter=num_steps
+      damped, v, tol=0.0, atol=0.0, maxiter=num_steps
     )[0]
 
   return solve

@@ -173,7 +173,11 @@ class Methods:
     optimizer = optim.adamw(optim.warmup_linear(rate, config.iterations))
     loss = family.loss()
     if name == 'Reptile':
-      loss = fmeta.reptile_loss(family.inner(), config.inner_steps)
+      # One text of each class a step: what Reptile learns is in the difference
+      # between steps on different texts.
+      loss = fmeta.reptile_loss(
+        family.inner(), config.inner_steps, batch_size=config.ways
+      )
       optimizer = optim.sgd(config.reptile_lr)
     moving = tree.names(family.moving(family.start(0)['model']))
     body = [f'model/{re.escape(n)}' for n in moving if n.startswith('body/')]

@@ -155,7 +155,11 @@ class Block(nn.Module):
     x = MatmulConv(self.filters, stride=2, name='conv')(x)
     if self.norm == 'group':
       groups = math.gcd(self.filters, GROUPS)
-      return nn.relu(nn.GroupNorm(groups, name='norm')(x))
+      # As BatchNorm here: a second derivative divides by sqrt(var + epsilon).
+      norm = nn.GroupNorm(
+        groups, epsilon=1e-3, use_fast_variance=False, name='norm'
+      )
+      return nn.relu(norm(x))
     norm = BatchNorm(self.norm == 'transductive', name='norm')
     return nn.relu(norm(x, deterministic or self.norm == 'frozen', weight))
 

@@ -3,7 +3,8 @@
   python -m experiments.run --config=experiments/fewshot/omniglot/boil.py
 
 Everything is `maml` but for one line, which is the paper (Oh et al. 2021,
-https://arxiv.org/abs/2008.08882; they report other data sets).
+https://arxiv.org/abs/2008.08882; they report other data sets). Measured:
+experiments/README.md.
 """
 
 import dataclasses

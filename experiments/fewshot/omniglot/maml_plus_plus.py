@@ -31,6 +31,7 @@ class Config(task.Task):
   """The task's fields and MAML++'s; defaults are the authors'."""
 
   meta_batch: int = 8
+  queries: int = 1
   inner_lr: float = 0.1
   inner_steps: int = 5
   # Of all iterations, those until only the last step's loss counts.

@@ -1,7 +1,11 @@
 """Accuracy on Omniglot's test episodes, with the normalisation in its name.
 
 Statistics of the query batch tell which queries belong together
-("transductive", the published way). `by_support` judges each query alone,
+("transductive": how MAML and its kin were published; ProtoNet, R2D2 and
+Baseline++ were with running averages of training). They depend on how many
+queries there are of each class: MAML trained for 600 iterations with one query
+a class had 90.9 % of validation queries right when tested with one, and 86.6 %
+with five (measured 2026-11-26). `by_support` judges each query alone,
 normalised by the support set's statistics. Group norm sees one image at a
 time, so it has one number. With shuffled support labels every method must be
 at one over the ways: what is above has leaked.

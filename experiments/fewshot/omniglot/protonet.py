@@ -25,7 +25,7 @@ SMALL = {**task.SMALL, 'train_ways': 10, 'queries': 1, 'meta_batch': 1}
 class Config(task.Task):
   """The task's fields; defaults are the paper's."""
 
-  train_ways: int = 60
+  train_ways: int = 60  # 0: as in testing
   queries: int = 5
   meta_batch: int = 1
 
@@ -49,7 +49,8 @@ def method(
   """
   embed = task.model(config, None)
   alone = measure.by_support(config, None)
-  loss = fewshot.head_loss(head, embed, config.train_ways, criterion)
+  ways = config.train_ways or config.ways
+  loss = fewshot.head_loss(head, embed, ways, criterion)
   model = task.start(config, None)
   return task.Method(
     task.meta_learner(config, context, loss),

@@ -6,8 +6,10 @@ Nichol et al. 2018 (https://arxiv.org/abs/1803.02999, section 6 and appendix):
 ten examples a class to train with, inner Adam 1e-3 without momentum, five
 steps of ten images each; the outer step falls from 1 to 0 over the run; tested
 after fifty steps on the support set. 97.68 +- 0.04 % at 5 ways, 1 shot,
-transductive, after 100,000 iterations of 5 tasks. Measured:
-experiments/README.md.
+transductive, after 100,000 iterations of 5 tasks. In the authors' code Adam's
+second moments live on from task to task; here every task begins without, as an
+inner loop is a function of its start, so its first step is the sign of the
+gradient. Measured: experiments/README.md.
 """
 
 import dataclasses
@@ -36,8 +38,23 @@ class Config(task.Task):
   curve_steps: int = 50
 
 
+def check(config: Config) -> None:
+  """Refuses what would do nothing, or teach classes unevenly."""
+  if config.inner_batch % config.ways:
+    raise fmeta.UsageError(
+      f'inner batches of {config.inner_batch} do not hold {config.ways} '
+      'classes evenly; give a multiple of the ways'
+    )
+  if config.final_lr != 1 or config.queries:
+    raise fmeta.UsageError(
+      'the outer rate of Reptile falls to 0 and it has no queries in training; '
+      'leave final_lr and queries'
+    )
+
+
 def run(config: Config, context: Context) -> dict:
   """Meta-trains, then tests three ways."""
+  check(config)
   model = task.model(config, config.ways)
   alone = measure.by_support(config, config.ways)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)

@@ -3,7 +3,7 @@
 The protocol of Finn et al. 2017 (https://arxiv.org/abs/1703.03400, section 5.2
 and their code): 1,200 characters of all 1,623 to train, 100 of them for
 validation, rotations by 90 degrees as new classes. Tested on 600 episodes of
-the 423 characters that are left, upright.
+the 423 characters that are left (turned in their code, upright here).
 
 Which characters those are: `splits`. What is normalised by what, and what
 accuracies are reported: `measure`.
@@ -40,7 +40,7 @@ class Task:
   validation_characters: int = 100
   ways: int = 5
   shots: int = 1
-  queries: int = 1
+  queries: int = 0  # to train with; 0: as many as shots
   filters: int = 64
   norm: str = 'transductive'  # or 'group', where no image sees another
   precision: str = 'float32'  # or 'tf32', 'bfloat16', see `computing_in`
@@ -56,7 +56,9 @@ class Task:
   evaluate_every: int = 1000
   validation_episodes: int = 100
   test_episodes: int = 600
-  test_queries: int = 5
+  # Of each class; 0: as many as shots, as the paper has it. Under
+  # 'transductive' norms it is part of the method: what is normalised together.
+  test_queries: int = 0
   curve_steps: int = 10  # of the picture of accuracy by inner steps
   curve_shots: tuple[int, ...] = (1, 2, 5, 10)  # of that by shots
   curve_episodes: int = 200
@@ -84,9 +86,10 @@ class Method(NamedTuple):
     params: where it starts.
     predict: for `evaluate_episodes`, by the statistics of the query batch.
     predict_alone: the same by those of the support, see `measure.by_support`.
-    train_ways: classes per training task.
+    train_ways: classes per training task; 0: as in testing.
     by_step: `predict` after 0 to `curve_steps` inner steps; None: has none.
     train_shots: examples per class of a training task; 0: as in testing.
+    probabilities: whether a softmax of what `predict` gives is its answer.
     source: wraps the training meta-batches, `(i -> batch) -> (i -> batch)`.
   """
 
@@ -97,6 +100,7 @@ class Method(NamedTuple):
   train_ways: int
   by_step: Callable | None = None
   train_shots: int = 0
+  probabilities: bool = True
   source: Callable = lambda batches: batches
 
 
@@ -159,26 +163,20 @@ def meta_learner(
 def run(config: Task, context: Context, method: Method) -> dict:
   """Trains, then tests three ways."""
   parts = splits.load(config, context)
+  test_queries = config.test_queries or config.shots
 
   def held_out(split, num, shots=config.shots):
     return episodes.evaluation_episodes(
       parts[split],
       config.ways,
       shots,
-      config.test_queries,
+      test_queries,
       0,
       num,
       tasks=10,
     )
 
-  source = episodes.episodes(
-    parts['train'],
-    method.train_ways,
-    method.train_shots or config.shots,
-    config.queries,
-    config.seed.data,
-    tasks=config.meta_batch,
-  )
+  source = training_episodes(config, method, parts['train'])
   validation = held_out('validation', config.validation_episodes)
   fitted = fit(config, context, method, source, validation)
   unseen = held_out('test', config.test_episodes)
@@ -186,7 +184,9 @@ def run(config: Task, context: Context, method: Method) -> dict:
     method.predict, method.predict_alone, fitted.params, unseen, config.norm
   )
   measure.report({k: evaluate.summarize(v) for k, v in answers.items()})
-  print(f'calibration error ({config.norm}): {100 * error:.2f} %')
+  calibration = {'calibration_error': error} if method.probabilities else {}
+  if calibration:
+    print(f'calibration error ({config.norm}): {100 * error:.2f} %')
   if method.by_step:
     found = measure.after_steps(
       method.by_step, fitted.params, unseen, config.norm
@@ -204,7 +204,7 @@ def run(config: Task, context: Context, method: Method) -> dict:
   def tested_on(shots):
     return (
       f'{data_sha256}, {config.ways} ways, {shots} shots, '
-      f'{config.test_queries} queries'
+      f'{test_queries} queries'
     )
 
   lists = dict.fromkeys(answers, tested_on(config.shots))
@@ -226,7 +226,7 @@ def run(config: Task, context: Context, method: Method) -> dict:
   return {
     'metrics': {
       **numbers,
-      'calibration_error': error,
+      **calibration,
       'episodes': config.test_episodes,
     },
     'ci95': {name: summary.ci95 for name, summary in tested.items()},
@@ -241,6 +241,20 @@ def run(config: Task, context: Context, method: Method) -> dict:
       name: Scores(right, lists[name]) for name, right in answers.items()
     },
   }
+
+
+def training_episodes(
+  config: Task, method: Method, columns: dict
+) -> episodes.Episodes:
+  """What a method learns from."""
+  return episodes.episodes(
+    columns,
+    method.train_ways or config.ways,
+    method.train_shots or config.shots,
+    config.queries or config.shots,
+    config.seed.data,
+    tasks=config.meta_batch,
+  )
 
 
 def images(source: episodes.Episodes) -> dict[str, np.ndarray]:
