@@ -20,8 +20,9 @@ from experiments.fewshot.omniglot import (
   reptile,
   splits,
   task,
+  weights,
 )
-from fmeta import data, scores, tree
+from fmeta import compare, data, scores, tree
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
 from fmeta.models import Conv4, forward
@@ -82,6 +83,9 @@ def test_sinusoids_run_and_report_an_error_per_number_of_steps(name, tmp_path):
   result = small(name, tmp_path / 'run')
   assert set(result['metrics']) == {'mse_0', 'mse_1'}
   assert result['steps'] == sinusoid_maml.SMALL['iterations']
+  kept = scores.load(tmp_path / 'run')
+  for key, value in result['metrics'].items():
+    assert kept[key].mean.mean == pytest.approx(value)
   low, high = result['ci95']['mse_0']
   assert low < result['metrics']['mse_0'] < high
 
@@ -170,6 +174,26 @@ def test_accuracy_by_shots_uses_more_and_more_of_one_support(tmp_path, drawn):
   np.testing.assert_allclose(three.values[:20], tested.values)
   assert one.tested_on == three.tested_on != tested.tested_on
   assert set(result['ci95']) == {k for k in numbers if k.startswith('accuracy')}
+
+
+def test_a_run_s_weights_are_tested_again_without_training(
+  tmp_path, drawn, capsys
+):
+  first = small('omniglot/anil', tmp_path / 'first')
+  kept = {'weights': tmp_path / 'first'}
+  second = small('omniglot/anil', tmp_path / 'second', **kept)
+  assert second['metrics'] == first['metrics'] and second['steps'] == 0
+  assert not (tmp_path / 'second' / 'fit').exists()
+  narrow = small(
+    'omniglot/anil', tmp_path / 'third', precision='bfloat16', **kept
+  )
+  assert narrow['metrics'] != first['metrics']
+  pair = [str(tmp_path / run) for run in ('first', 'third')]
+  assert compare.main([*pair, '--rows=accuracy_transductive']) == 0
+  assert 'accuracy_transductive' in capsys.readouterr().out
+  like = task.start(maml.Config(filters=8, ways=6), 6)
+  with pytest.raises(UsageError, match="head/bias' is float32\\[5\\] there"):
+    weights.load(str(tmp_path / 'first'), like)
 
 
 def test_the_baseline_refuses_what_only_episodes_have(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import fmeta
 from experiments import run as job
 from experiments.fewshot import intent_methods, intents, text_table, text_task
-from fmeta import baselines, tree
+from fmeta import baselines, compare, scores, tree
 from fmeta.datasets import banking77
 from fmeta.workdir import Context
 
@@ -76,6 +76,11 @@ def test_rows_share_episodes_grids_and_controls(tmp_path, tiny_bert, folder):
     assert numbers[f'banking77_1shot/fold_01/{name}'] == pytest.approx(
       np.mean(made['correct'])
     )
+  kept = scores.load(tmp_path / 'run')
+  assert set(kept) == {
+    f'banking77_1shot/{name}' for name in (text_table.REFERENCE, *rows)
+  }
+  assert compare.main([str(tmp_path / 'run')] * 2) == 0
   page = (tmp_path / 'run' / 'report.html').read_text()
   assert 'banking77, 5-way 1-shot' in page and 'shuffled labels' in page
 

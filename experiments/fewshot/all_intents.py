@@ -224,7 +224,14 @@ def run(config: Config, context: Context) -> dict:
   }
   title = f'{config.dataset}, all intents, {config.shots} texts of each'
   return text_table.present(
-    bench, name, results, title, note_of(config, bench), UNTRAINED, began
+    bench,
+    name,
+    results,
+    title,
+    note_of(config, bench),
+    f'the test texts of {config.dataset}',
+    UNTRAINED,
+    began,
   )
 
 

@@ -192,7 +192,11 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
     reference=REFERENCE,
     total=bench.total,
   )
-  return shown, text_table.outcome_of(table, bench)
+  tested_on = (
+    f'{config.test_episodes} episodes, {config.ways} ways, {config.shots} '
+    f'shots, {config.queries} queries'
+  )
+  return shown, text_table.outcome_of(table, bench, tested_on)
 
 
 def note_of(bench: Bench) -> str:

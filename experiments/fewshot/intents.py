@@ -120,6 +120,14 @@ def run_folds(methods: Methods, folds: dict) -> dict[str, list[dict]]:
   return results
 
 
+def episodes_of(config: Config) -> str:
+  """What names the test list beside its texts and folds."""
+  return (
+    f'{config.test_episodes} episodes, {config.ways} ways, {config.shots} '
+    f'shots, {config.queries} queries, {config.max_length} tokens'
+  )
+
+
 def note_of(config: Config, folds: dict) -> str:
   """The protocol in words."""
   sizes = next(iter(folds.values()))
@@ -154,6 +162,7 @@ def run(config: Config, context: Context) -> dict:
     {key: text_table.merged(runs) for key, runs in results.items()},
     f'{config.dataset}, {config.ways}-way {config.shots}-shot',
     note_of(config, folds),
+    f'{episodes_of(config)}, folds {", ".join(map(str, folds))}',
     UNTRAINED,
     began,
   )

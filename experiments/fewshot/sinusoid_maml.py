@@ -21,6 +21,7 @@ from experiments.common import Seeds, fit_options
 from fmeta import data, draw, evaluate, optim, train
 from fmeta.models import forward, init
 from fmeta.models.mlp import Mlp
+from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 
@@ -120,16 +121,22 @@ def train_and_test(
     checkpoint_every=10_000,
     **fit_options(context),
   )
-  metrics, ci95 = {}, {}
+  metrics, ci95, scores = {}, {}, {}
+  tested_on = (
+    f'{config.test_tasks} tasks of seed {config.seed.data + 1}, {config.shots} '
+    'points'
+  )
   for steps in config.test_steps:
     errors = test_errors(config, predict_after(steps), fitted.params)
     name = f'mse_{steps}'
     metrics[name], ci95[name], _ = evaluate.summarize(errors)
+    scores[name] = Scores(errors, tested_on)
     print(f'mean squared error after {steps} steps: {metrics[name]:.3f}')
   first = episodes(0)
   return {
     'metrics': metrics,
     'ci95': ci95,
+    'scores': scores,
     'steps': fitted.steps,
     'examples_per_second': fitted.examples_per_second,
     'flops_per_step': fitted.flops_per_step,

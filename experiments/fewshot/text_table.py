@@ -10,6 +10,7 @@ import numpy as np
 from experiments.fewshot.text_task import Bench
 from fmeta import data, evaluate, metrics, report, result
 from fmeta.report import Line, Row
+from fmeta.scores import Scores
 
 REFERENCE = 'nearest class mean'
 _COSTS = ('steps', 'examples_per_second', 'flops_per_step', 'peak_bytes')
@@ -24,6 +25,7 @@ class Table(NamedTuple):
     numbers: metric -> value.
     ci95: metric -> interval.
     cost: of the last method that was meta-trained.
+    values: metric -> accuracies [seeds, n] of the test list.
   """
 
   rows: list[Row]
@@ -31,6 +33,7 @@ class Table(NamedTuple):
   numbers: dict[str, float]
   ci95: dict[str, tuple[float, float]]
   cost: dict[str, Any]
+  values: dict[str, np.ndarray]
 
 
 def compare(
@@ -62,7 +65,8 @@ def compare(
     numbers[f'{name}/{REFERENCE}, {key}'] = float(value)
   ends = [base.ci95] * len(steps)
   lines = [Line(REFERENCE, steps, [base.mean] * len(steps), ends, True)]
-  table = Table([first], lines, numbers, ci95, {})
+  values = {f'{name}/{REFERENCE}': reference[None]}
+  table = Table([first], lines, numbers, ci95, {}, values)
   for method, runs in results.items():
     _add(table, name, method, runs, reference, method in baselines)
     if 'curve' in runs[0]:
@@ -75,6 +79,7 @@ def compare(
 def _add(table: Table, name, method, runs, reference, baseline) -> None:
   """One method's row and numbers."""
   right = np.array([one['correct'] for one in runs])
+  table.values[f'{name}/{method}'] = right
   summary = evaluate.summarize(right.mean(0))
   difference = metrics.paired_bootstrap(right, reference)
   for key, found in (
@@ -130,15 +135,20 @@ def show_grid(name: str, result: Mapping[str, Any]) -> None:
   print(f'{name}: validation accuracy by setting {tried}', flush=True)
 
 
-def outcome_of(table: Table, bench: Bench) -> dict[str, Any]:
-  """What an experiment's `run` returns."""
+def outcome_of(table: Table, bench: Bench, tested_on: str) -> dict[str, Any]:
+  """What an experiment's `run` returns; `tested_on` names the test list."""
+  data_sha256 = data.fingerprint(bench.texts)
   return {
     'metrics': table.numbers,
     'ci95': table.ci95,
     **{key: table.cost.get(key) for key in _COSTS},
     'trainable_parameters': table.rows[-1].trainable,
     'total_parameters': bench.total,
-    'data_sha256': data.fingerprint(bench.texts),
+    'data_sha256': data_sha256,
+    'scores': {
+      key: Scores(values, f'{data_sha256}, {tested_on}')
+      for key, values in table.values.items()
+    },
   }
 
 
@@ -148,6 +158,7 @@ def present(
   results: dict[str, dict],
   title: str,
   note: str,
+  tested_on: str,
   baselines: Sequence[str],
   began: float,
 ) -> dict[str, Any]:
@@ -159,6 +170,7 @@ def present(
     results: row -> its trial.
     title: of the table.
     note: the protocol in words.
+    tested_on: names the test list.
     baselines: rows drawn in grey.
     began: `time.perf_counter()` of the start.
   """
@@ -182,7 +194,7 @@ def present(
     total=bench.total,
   )
   print(report.terminal_table(shown), flush=True)
-  outcome = outcome_of(table, bench)
+  outcome = outcome_of(table, bench, tested_on)
   report.write_report(
     bench.context.workdir / 'report.html',
     f'Few-shot intents: MiniLM on {config.dataset}',

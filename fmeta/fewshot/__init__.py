@@ -4,7 +4,8 @@ A closed-form head or the multi-step loss is a `LossFn`, Proto-MAML and CAVIA
 choose where the inner loop starts, step rates and meta-curvature are optax
 transformations, a T-Net is a `Forward`. What needs nothing of this: ANIL and
 BOIL are an inner `tuning=select('head/.*')` or `select('body/.*')`, Meta-SGD
-is `optim.learned_rates`.
+has a rate per weight among its outer parameters (`optim.sgd` with
+`multipliers`; `optim.learned_rates` has one per pattern).
 """
 
 from fmeta.fewshot.by_step import predict_by_step

@@ -27,6 +27,7 @@ class Config(task.Task):
 
   train_ways: int = 60  # 0: as in testing
   queries: int = 5
+  test_queries: int = 5
   meta_batch: int = 1
 
 

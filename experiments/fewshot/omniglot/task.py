@@ -19,7 +19,7 @@ import optax
 
 import fmeta
 from experiments.common import Seeds, data_devices, fit_options, in_turn
-from experiments.fewshot.omniglot import measure, splits
+from experiments.fewshot.omniglot import measure, splits, weights
 from fmeta import episodes, evaluate, optim, train
 from fmeta.datasets import omniglot
 from fmeta.models import IMAGE, Conv4, computing_in, forward, init
@@ -27,6 +27,7 @@ from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 NORMS = 'transductive', 'group'
+COST = 'steps', 'examples_per_second', 'flops_per_step', 'peak_bytes'
 
 
 @dataclasses.dataclass
@@ -56,12 +57,14 @@ class Task:
   evaluate_every: int = 1000
   validation_episodes: int = 100
   test_episodes: int = 600
-  # Of each class; 0: as many as shots, as the paper has it. Under
+  # Of each class; 0: as many as shots, as the paper has it. With
   # 'transductive' norms it is part of the method: what is normalised together.
   test_queries: int = 0
   curve_steps: int = 10  # of the picture of accuracy by inner steps
   curve_shots: tuple[int, ...] = (1, 2, 5, 10)  # of that by shots
   curve_episodes: int = 200
+  # A run's folder: what it has trained is tested, and nothing is trained.
+  weights: str = ''
 
 
 SMALL = {
@@ -161,86 +164,92 @@ def meta_learner(
 
 
 def run(config: Task, context: Context, method: Method) -> dict:
-  """Trains, then tests three ways."""
+  """Trains, then tests three ways; or tests what another run has trained."""
   parts = splits.load(config, context)
-  test_queries = config.test_queries or config.shots
-
-  def held_out(split, num, shots=config.shots):
-    return episodes.evaluation_episodes(
-      parts[split],
-      config.ways,
-      shots,
-      test_queries,
-      0,
-      num,
-      tasks=10,
-    )
-
   source = training_episodes(config, method, parts['train'])
-  validation = held_out('validation', config.validation_episodes)
-  fitted = fit(config, context, method, source, validation)
-  unseen = held_out('test', config.test_episodes)
-  answers, error = measure.test(
-    method.predict, method.predict_alone, fitted.params, unseen, config.norm
-  )
-  measure.report({k: evaluate.summarize(v) for k, v in answers.items()})
-  calibration = {'calibration_error': error} if method.probabilities else {}
-  if calibration:
-    print(f'calibration error ({config.norm}): {100 * error:.2f} %')
-  if method.by_step:
-    found = measure.after_steps(
-      method.by_step, fitted.params, unseen, config.norm
-    )
-    measure.draw_curve(
-      found,
-      range(config.curve_steps + 1),
-      config.norm,
-      'inner steps',
-      context.workdir / 'steps.png',
-    )
-    answers |= found
+  if config.weights:
+    params = weights.load(config.weights, method.params)
+    cost = dict.fromkeys(COST) | {'steps': 0, 'examples_per_second': 0.0}
+  else:
+    validation = held_out(config, parts['validation'], 'validation')
+    fitted = fit(config, context, method, source, validation)
+    params, cost = fitted.params, {key: getattr(fitted, key) for key in COST}
+    weights.save(context.workdir, params)
   data_sha256 = splits.sha256(parts)
-
-  def tested_on(shots):
-    return (
-      f'{data_sha256}, {config.ways} ways, {shots} shots, '
-      f'{test_queries} queries'
-    )
-
-  lists = dict.fromkeys(answers, tested_on(config.shots))
-  if config.curve_shots:
-    shots = sorted(config.curve_shots)
-    found = measure.with_shots(
-      method.predict,
-      fitted.params,
-      held_out('test', config.curve_episodes, shots[-1]),
-      shots,
-      config.norm,
-    )
-    path = context.workdir / 'shots.png'
-    measure.draw_curve(found, shots, config.norm, 'shots', path)
-    answers |= found
-    lists |= dict.fromkeys(found, tested_on(f'up to {shots[-1]}'))
-  tested = {name: evaluate.summarize(right) for name, right in answers.items()}
-  numbers = {name: summary.mean for name, summary in tested.items()}
+  answers, calibration = test(config, context, method, params, parts['test'])
+  tested = {
+    name: evaluate.summarize(right) for name, (right, _) in answers.items()
+  }
   return {
     'metrics': {
-      **numbers,
+      **{name: summary.mean for name, summary in tested.items()},
       **calibration,
       'episodes': config.test_episodes,
     },
     'ci95': {name: summary.ci95 for name, summary in tested.items()},
-    'steps': fitted.steps,
-    'examples_per_second': fitted.examples_per_second,
-    'flops_per_step': fitted.flops_per_step,
-    'peak_bytes': fitted.peak_bytes,
-    'trainable_parameters': fmeta.tree.size(fitted.state.trainable),
-    'total_parameters': fmeta.tree.size(fitted.params),
+    **cost,
+    'trainable_parameters': fmeta.tree.size(params),
+    'total_parameters': fmeta.tree.size(params),
     'data_sha256': data_sha256,
     'scores': {
-      name: Scores(right, lists[name]) for name, right in answers.items()
+      name: Scores(
+        right,
+        f'{data_sha256}, {config.ways} ways, {shots} shots, '
+        f'{config.test_queries or config.shots} queries',
+      )
+      for name, (right, shots) in answers.items()
     },
   }
+
+
+def held_out(
+  config: Task, columns: dict, split: str, shots: int = 0, num: int = 0
+) -> episodes.EpisodeList:
+  """A fixed list of episodes: as many as the split has, or `num`."""
+  return episodes.evaluation_episodes(
+    columns,
+    config.ways,
+    shots or config.shots,
+    config.test_queries or config.shots,
+    0,
+    num or getattr(config, f'{split}_episodes'),
+    tasks=10,
+  )
+
+
+def test(
+  config: Task, context: Context, method: Method, params: Any, columns: dict
+) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
+  """Tests, prints and draws.
+
+  Returns:
+    Name -> (accuracy of each episode, shots of its list); the calibration
+    error, if there is any.
+  """
+  norm, unseen = config.norm, held_out(config, columns, 'test')
+  found, error = measure.test(
+    method.predict, method.predict_alone, params, unseen, norm
+  )
+  measure.report({k: evaluate.summarize(v) for k, v in found.items()})
+  calibration = {'calibration_error': error} if method.probabilities else {}
+  if calibration:
+    print(f'calibration error ({norm}): {100 * error:.2f} %')
+  if method.by_step:
+    by_step = measure.after_steps(method.by_step, params, unseen, norm)
+    places = range(config.curve_steps + 1)
+    path = context.workdir / 'steps.png'
+    measure.draw_curve(by_step, places, norm, 'inner steps', path)
+    found |= by_step
+  answers = {name: (right, f'{config.shots}') for name, right in found.items()}
+  if config.curve_shots:
+    places = sorted(config.curve_shots)
+    most = held_out(config, columns, 'test', places[-1], config.curve_episodes)
+    by_shots = measure.with_shots(method.predict, params, most, places, norm)
+    path = context.workdir / 'shots.png'
+    measure.draw_curve(by_shots, places, norm, 'shots', path)
+    shots = f'up to {places[-1]}'
+    answers |= {name: (right, shots) for name, right in by_shots.items()}
+  return answers, calibration
 
 
 def training_episodes(
