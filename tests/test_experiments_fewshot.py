@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import fmeta
 from experiments import run
 from experiments.common import Seeds
 from experiments.fewshot import docparams_maml, names, sinusoid_maml
@@ -22,7 +23,7 @@ from experiments.fewshot.omniglot import (
   task,
   weights,
 )
-from fmeta import compare, data, scores, tree
+from fmeta import compare, data, episodes, scores, tree
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
 from fmeta.models import Conv4, forward
@@ -194,6 +195,51 @@ def test_a_run_s_weights_are_tested_again_without_training(
   like = task.start(maml.Config(filters=8, ways=6), 6)
   with pytest.raises(UsageError, match="head/bias' is float32\\[5\\] there"):
     weights.load(str(tmp_path / 'first'), like)
+
+
+@pytest.mark.parametrize('name', ['maml', 'maml_plus_plus'])
+def test_statistics_of_training_tasks_judge_queries_one_by_one(
+  name, tmp_path, drawn
+):
+  module = importlib.import_module(f'experiments.fewshot.omniglot.{name}')
+  config = module.Config(**{**module.SMALL, 'seed': Seeds(), 'filters': 4})
+  seen = {}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(task, 'run', lambda config, context, method: method)
+    seen['method'] = module.run(config, Context(tmp_path))
+  method = seen['method']
+  parts = splits.load(config, Context(tmp_path))
+  source = task.training_episodes(config, method, parts['train'])
+  predict = method.per_step(method.params, [source(0), source(1)])
+  (episode, *_) = task.held_out(config, parts['test'], 'test')
+  other = jax.tree.map(np.array, episode)
+  other['query']['image'][:, 1:] = 0.5
+  run = jax.jit(predict)
+  found, changed = (
+    np.asarray(run(method.params, e, None)) for e in (episode, other)
+  )
+  np.testing.assert_array_equal(found[:, 0], changed[:, 0])
+  assert np.abs(found[:, 1:] - changed[:, 1:]).max() > 1e-3
+  # Other training tasks, other statistics.
+  again = method.per_step(method.params, [source(2)])
+  differs = np.asarray(jax.jit(again)(method.params, episode, None))
+  assert np.abs(differs - found).max() > 1e-5
+
+
+def test_statistics_without_inner_steps_are_those_of_the_support(drawn):
+  config = maml.Config(filters=4)
+  params = task.start(config, 5)
+  loss = fmeta.supervised(task.model(config, 5), fmeta.softmax_cross_entropy)
+  inner = maml.sgd_inner(config)(loss)
+  columns = drawn_characters()['background']
+  source = episodes.episodes(columns, 5, 1, 1, 0, tasks=1)
+  by_training = measure.by_training(config, 5, inner, 0)
+  found = by_training(params, [source(0)])(params, source(0), None)
+  alone = measure.by_support(config, 5)
+  query = jax.tree.map(lambda x: x[0], measure.with_support(source(0))['query'])
+  expected = alone(params, {}, query, None)[0]
+  # float32, the same sums in two programs
+  np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_baseline_refuses_what_only_episodes_have(tmp_path):

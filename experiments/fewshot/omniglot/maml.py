@@ -70,6 +70,9 @@ def method(
     fmeta.predict_episodes(inner, alone, config.test_steps),
     train_ways=config.ways,
     by_step=fewshot.predict_by_step(inner, model, config.curve_steps),
+    per_step=measure.by_training(
+      config, config.ways, inner, config.test_steps, model_of
+    ),
   )
 
 

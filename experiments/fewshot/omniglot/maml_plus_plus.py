@@ -73,6 +73,7 @@ def method(config: Config, context: Context) -> task.Method:
     fmeta.predict_episodes(inner, alone, steps),
     train_ways=config.ways,
     by_step=fewshot.predict_by_step(inner, model, config.curve_steps),
+    per_step=measure.by_training(config, config.ways, inner, steps),
     source=lambda batches: fewshot.with_step_weights(batches, weights),
   )
 

@@ -6,8 +6,9 @@ Baseline++ were with running averages of training). They depend on how many
 queries there are of each class: MAML trained for 600 iterations with one query
 a class had 90.9 % of validation queries right when tested with one, and 86.6 %
 with five (measured 2026-11-26). `by_support` judges each query alone,
-normalised by the support set's statistics. Group norm sees one image at a
-time, so it has one number. With shuffled support labels every method must be
+normalised by the support set's statistics, `by_training` by those that
+training tasks have after as many inner steps ("per_step"). Group norm sees one
+image at a time, so it has one number. With shuffled support labels every method must be
 at one over the ways: what is above has leaked.
 """
 
@@ -38,10 +39,7 @@ def by_support(config: Any, num_classes: int | None) -> fmeta.Forward:
   run = computing_in(forward(model, IMAGE), config.precision)
   if norm == 'group':
     return run
-  side = (1, omniglot.SIDE, omniglot.SIDE, 1)
-  _, empty = init(
-    model, jax.random.key(0), {'image': np.zeros(side, np.float32)}, IMAGE
-  )
+  empty = empty_statistics(config.filters)
 
   def judge(params, model_state, batch, rng):
     del rng
@@ -51,6 +49,68 @@ def by_support(config: Any, num_classes: int | None) -> fmeta.Forward:
     return run(params, statistics, batch, None)[0], model_state
 
   return judge
+
+
+def by_training(
+  config: Any,
+  num_classes: int,
+  inner: Any,
+  num_steps: int,
+  model_of: Callable[[fmeta.Forward], fmeta.Forward] = lambda model: model,
+) -> Callable[[Any, Sequence[episodes.Episode]], Callable]:
+  """Statistics of training tasks, per inner step (MAML++, section 4).
+
+  A support set leaves in each norm its mean and variance after `num_steps`
+  inner steps; their averages over training tasks normalise the queries, each
+  by itself. The inner loop runs as in training.
+
+  Args:
+    config: with `filters`, `norm` and `precision`.
+    num_classes: of the head.
+    inner: as for `fmeta.predict_episodes`.
+    num_steps: of testing.
+    model_of: wraps Conv4.
+
+  Returns:
+    `(trained parameters, training meta-batches) -> predict function`.
+  """
+
+  def run_with(norm):
+    model = forward(Conv4(num_classes, config.filters, norm), IMAGE)
+    return model_of(computing_in(model, config.precision))
+
+  fresh, frozen = run_with('running'), run_with('frozen')
+  empty = empty_statistics(config.filters)
+
+  def leave(params, model_state, batch, rng):
+    del rng
+    support = {'image': batch['support_image']}
+    return fresh(params, empty, support, jax.random.key(0))[1], model_state
+
+  def judge(statistics, params, model_state, batch, rng):
+    del rng
+    return frozen(params, statistics, batch, None)[0], model_state
+
+  collect = jax.jit(fmeta.predict_episodes(inner, leave, num_steps))
+
+  def predict_of(params, tasks):
+    found = [collect(params, with_support(batch), None) for batch in tasks]
+    statistics = jax.tree.map(
+      lambda *leaves: np.concatenate(leaves).mean(0), *found
+    )
+    return fmeta.predict_episodes(
+      inner, functools.partial(judge, statistics), num_steps
+    )
+
+  return predict_of
+
+
+def empty_statistics(filters: int) -> Any:
+  """What norms with statistics of their own start from."""
+  model = Conv4(None, filters, norm='running')
+  side = (1, omniglot.SIDE, omniglot.SIDE, 1)
+  image = {'image': np.zeros(side, np.float32)}
+  return init(model, jax.random.key(0), image, IMAGE)[1]
 
 
 def with_support(episode: episodes.Episode) -> episodes.Episode:

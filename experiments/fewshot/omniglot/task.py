@@ -63,6 +63,8 @@ class Task:
   curve_steps: int = 10  # of the picture of accuracy by inner steps
   curve_shots: tuple[int, ...] = (1, 2, 5, 10)  # of that by shots
   curve_episodes: int = 200
+  # Training meta-batches whose statistics norms get in testing; 0: none.
+  statistics_batches: int = 10
   # A run's folder: what it has trained is tested, and nothing is trained.
   weights: str = ''
 
@@ -78,6 +80,7 @@ SMALL = {
   'validation_episodes': 10,
   'test_episodes': 20,
   'curve_shots': (),
+  'statistics_batches': 0,
 }
 
 
@@ -93,6 +96,8 @@ class Method(NamedTuple):
     by_step: `predict` after 0 to `curve_steps` inner steps; None: has none.
     train_shots: examples per class of a training task; 0: as in testing.
     probabilities: whether a softmax of what `predict` gives is its answer.
+    per_step: `(params, training meta-batches) -> predict` by their statistics
+      after as many inner steps, see `measure.by_training`; None: has none.
     source: wraps the training meta-batches, `(i -> batch) -> (i -> batch)`.
   """
 
@@ -104,6 +109,7 @@ class Method(NamedTuple):
   by_step: Callable | None = None
   train_shots: int = 0
   probabilities: bool = True
+  per_step: Callable | None = None
   source: Callable = lambda batches: batches
 
 
@@ -176,7 +182,9 @@ def run(config: Task, context: Context, method: Method) -> dict:
     params, cost = fitted.params, {key: getattr(fitted, key) for key in COST}
     weights.save(context.workdir, params)
   data_sha256 = splits.sha256(parts)
-  answers, calibration = test(config, context, method, params, parts['test'])
+  tasks = [source(i) for i in range(config.statistics_batches)]
+  columns = parts['test']
+  answers, calibration = test(config, context, method, params, columns, tasks)
   tested = {
     name: evaluate.summarize(right) for name, (right, _) in answers.items()
   }
@@ -218,9 +226,22 @@ def held_out(
 
 
 def test(
-  config: Task, context: Context, method: Method, params: Any, columns: dict
+  config: Task,
+  context: Context,
+  method: Method,
+  params: Any,
+  columns: dict,
+  tasks: list[episodes.Episode],
 ) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
   """Tests, prints and draws.
+
+  Args:
+    config: the task's.
+    context: of the job.
+    method: what answers.
+    params: trained.
+    columns: of the test split.
+    tasks: training meta-batches for `Method.per_step`.
 
   Returns:
     Name -> (accuracy of each episode, shots of its list); the calibration
@@ -230,6 +251,13 @@ def test(
   found, error = measure.test(
     method.predict, method.predict_alone, params, unseen, norm
   )
+  if method.per_step and tasks and norm != 'group':
+    found['accuracy_per_step_statistics'] = evaluate.evaluate_episodes(
+      method.per_step(params, tasks),
+      params,
+      unseen.__getitem__,
+      config.test_episodes,
+    )
   measure.report({k: evaluate.summarize(v) for k, v in found.items()})
   calibration = {'calibration_error': error} if method.probabilities else {}
   if calibration:
