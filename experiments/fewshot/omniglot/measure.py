@@ -8,8 +8,8 @@ a class had 90.9 % of validation queries right when tested with one, and 86.6 %
 with five (measured 2026-11-26). `by_support` judges each query alone,
 normalised by the support set's statistics, `by_training` by those that
 training tasks have after as many inner steps ("per_step"). Group norm sees one
-image at a time, so it has one number. With shuffled support labels every method must be
-at one over the ways: what is above has leaked.
+image at a time, so it has one number. With shuffled support labels every
+method must be at one over the ways: what is above has leaked.
 """
 
 import functools
