@@ -8,7 +8,7 @@ compiled program serves all of them.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,7 +183,7 @@ def varied_episodes(
   tasks: int = 1,
   classes: Iterable[Any] | None = None,
   key: str = 'label',
-  within: str | None = None,
+  within: str | Mapping[Any, Iterable[Any]] | None = None,
   collate: Collate | None = None,
 ) -> VariedEpisodes:
   """Draws tasks as Meta-Dataset does.
@@ -202,7 +202,11 @@ def varied_episodes(
     classes: the values of `key` to draw from; default all.
     key: the column that names the class.
     within: a column that names groups of classes, such as `alphabet`; the
-      classes of a task are then of one group (appendix 2.1, Omniglot).
+      classes of a task are then of one group (appendix 2.1, Omniglot). Or the
+      nodes of a hierarchy, each with all classes below it, which may be below
+      others, too: a task's classes are then below one node, and nodes with
+      too few of them, of `classes` if given, are not drawn (the same place,
+      ImageNet).
     collate: for example `bucket_collate()` for texts.
 
   Returns:
@@ -225,7 +229,11 @@ def varied_episodes(
   members = tuple(groups.values())
   pools = (np.arange(len(members)),)
   if within is not None:
-    pools = _pools(members, column(columns, within), limits.min_ways)
+    if isinstance(within, Mapping):
+      known = np.unique(column(columns, key)).tolist()
+      pools = _nodes(within, list(groups), known, limits.min_ways)
+    else:
+      pools = _groups(groups, column(columns, within), limits.min_ways)
   if max(map(len, pools)) < limits.min_ways:
     raise UsageError(
       f'{limits.min_ways} ways need {limits.min_ways} classes, there are '
@@ -247,10 +255,35 @@ def _check_limits(limits: Limits, tasks: int) -> None:
     )
 
 
-def _pools(members, groups, fewest) -> tuple[np.ndarray, ...]:
+def _groups(members, groups, fewest) -> tuple[np.ndarray, ...]:
   """Classes by group, in the groups' sorted order; groups with enough."""
-  of_class = np.array([groups[rows[0]] for rows in members])
+  for name, rows in members.items():
+    if len(several := np.unique(groups[rows])) > 1:
+      raise UsageError(
+        f'class {name!r} is in the groups {several.tolist()}; give each class '
+        'one, or the nodes of a hierarchy with the classes below them'
+      )
+  of_class = np.array([groups[rows[0]] for rows in members.values()])
   pools = [np.flatnonzero(of_class == name) for name in np.unique(of_class)]
+  return _with_enough(pools, fewest)
+
+
+def _nodes(nodes, classes, known, fewest) -> tuple[np.ndarray, ...]:
+  """Those of `classes` below each node, in the order of the nodes."""
+  below = [set(np.asarray(list(given)).tolist()) for given in nodes.values()]
+  unknown = set().union(*below) - set(known)
+  if unknown:
+    raise UsageError(
+      f'the hierarchy has {len(unknown)} class(es) without examples, such as '
+      f'{min(unknown, key=str)!r}; leave them out'
+    )
+  pools = [
+    np.flatnonzero([name in given for name in classes]) for given in below
+  ]
+  return _with_enough(pools, fewest)
+
+
+def _with_enough(pools, fewest) -> tuple[np.ndarray, ...]:
   enough = tuple(pool for pool in pools if len(pool) >= fewest)
   if not enough:
     raise UsageError(
