@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import fmeta
-from fmeta import data, episodes, models, optim, sharding, tree
+from fmeta import data, episodes, evaluate, models, optim, sharding, tree
 
 ROWS, FEATURES, CLASSES, BATCH, TASKS = 96, 8, 8, 16, 8
 RNG = jax.random.PRNGKey
@@ -164,14 +164,25 @@ def flat(found):
 
 def _check_rows(mesh):
   """Own rows and the whole batch give the same global array, bit by bit."""
-  batch = source_of('full', np.float32)(0)
   index, count = jax.process_index(), jax.process_count()
-  own = data.rows_of_process(batch, index, count)
-  whole = sharding.gather_to_host(sharding.place_batch(batch, mesh))
-  pieces = sharding.gather_to_host(sharding.place_process_rows(own, mesh))
-  for key, value in batch.items():
-    np.testing.assert_array_equal(whole[key], value)
-    np.testing.assert_array_equal(pieces[key], value)
+  for regime in ('full', 'maml'):
+    batch = source_of(regime, np.float32)(0)
+    own = data.rows_of_process(batch, index, count)
+    whole = sharding.gather_to_host(sharding.place_batch(batch, mesh))
+    pieces = sharding.gather_to_host(sharding.place_process_rows(own, mesh))
+    jax.tree.map(np.testing.assert_array_equal, whole, batch)
+    jax.tree.map(np.testing.assert_array_equal, pieces, batch)
+
+
+def answers(mesh):
+  """Logits of the adapted start, parameters over the mesh."""
+  learner, state, _ = start('maml', mesh)
+  inner = fmeta.finetune(LOSS, optim.sgd(0.1))
+  predict = fmeta.predict_episodes(inner, FORWARD, 2)
+  source = source_of('maml', np.float32)
+  return evaluate.answer_episodes(
+    predict, learner.params(state), source, 2 * TASKS
+  ).logits
 
 
 def main(process_id, num_processes, port, out):
@@ -180,7 +191,7 @@ def main(process_id, num_processes, port, out):
     int(num_processes), int(process_id), f'127.0.0.1:{port}', timeout=30
   )
   _check_rows(mesh_of('data:2,fsdp:2'))
-  results = {}
+  results = {'answers': answers(mesh_of('fsdp:4'))}
   for regime, text in PROCESSES.items():
     found = run(regime, mesh_of(text), num_steps=20)
     results |= {f'{regime}/{k}': v for k, v in flat(found).items()}

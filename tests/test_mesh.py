@@ -276,6 +276,8 @@ def test_two_processes_give_one_processs_numbers(tmp_path):
   run_processes('mesh_worker', [(k, 2, port, out) for k in range(2)], 2)
   with np.load(out) as found:
     found = dict(found)
+  alone = worker.answers(None)
+  np.testing.assert_allclose(found['answers'], alone, rtol=1e-4, atol=1e-5)
   for regime in worker.PROCESSES:
     own = {
       k.removeprefix(regime + '/'): v
