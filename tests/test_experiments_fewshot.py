@@ -23,7 +23,7 @@ from experiments.fewshot.omniglot import (
   task,
   weights,
 )
-from fmeta import compare, data, episodes, scores, tree
+from fmeta import compare, data, episodes, evaluate, scores, tree
 from fmeta.datasets import docparams, omniglot
 from fmeta.errors import UsageError
 from fmeta.models import Conv4, forward
@@ -240,6 +240,29 @@ def test_statistics_without_inner_steps_are_those_of_the_support(drawn):
   expected = alone(params, {}, query, None)[0]
   # float32, the same sums in two programs
   np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_compiled_after_the_second_validation(
+  tmp_path, drawn, monkeypatch
+):
+  seen, marks = [], []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: seen.append(event)
+  )
+  evaluate_episodes = evaluate.evaluate_episodes
+
+  def counted(*args, **options):
+    found = evaluate_episodes(*args, **options)
+    marks.append(
+      sum(event.endswith('backend_compile_duration') for event in seen)
+    )
+    return found
+
+  monkeypatch.setattr(evaluate, 'evaluate_episodes', counted)
+  small('omniglot/maml', tmp_path / 'run', iterations=10)
+  # Five validations; what the first checkpoint compiles lies before the second.
+  assert len(marks) == 5 and marks[0] > 0
+  assert marks[1:] == [marks[1]] * 4
 
 
 def test_the_baseline_refuses_what_only_episodes_have(tmp_path):
