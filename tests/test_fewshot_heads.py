@@ -186,9 +186,11 @@ def test_padding_rows_and_absent_classes_change_nothing(name, x64):
   assert np.all(np.isneginf(wide[:, 2:]))
 
 
-@pytest.mark.parametrize('name', HEADS)
-def test_gradients_agree_with_central_differences(name, x64):
-  support, queries = map(jnp.asarray, task())
+@pytest.mark.parametrize(
+  'name, width', [*((name, WIDTH) for name in HEADS), ('ridge', 11)]
+)
+def test_gradients_agree_with_central_differences(name, width, x64):
+  support, queries = map(jnp.asarray, task(width))
   weight = jnp.asarray([1.0, 1, 1, 1, 0, 1, 1])
   batch = {'label': jnp.asarray([0, 1, 3, 3])}
   params = {'support': support, 'queries': queries}
