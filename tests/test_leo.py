@@ -106,6 +106,12 @@ def test_leo_is_its_two_loops_by_hand_and_three_penalties(x64):
   np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_no_parameter_starts_with_a_weak_type():
+  # A second step would be compiled anew.
+  leaves = jax.tree.leaves(fewshot.leo_init(KEY, WIDTH, LATENTS))
+  assert not any(x.weak_type for x in leaves)
+
+
 def test_meta_gradients_of_all_of_leo_agree_with_differences(x64):
   # With a key: through every draw. The encoder's penalty stops a gradient, so
   # it is no derivative of its value.
