@@ -45,16 +45,17 @@ def test_euclid_scores_are_minus_squared_distances_to_the_means():
   np.testing.assert_allclose(-scores, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cosine_scores_are_those_of_scipy():
+def test_cosine_scores_are_those_of_scipy(x64):
   support, labels = _embeddings()
   queries, _ = _embeddings(seed=1)
+  support, queries = support.astype(float), queries.astype(float)
   scores = baselines.nearest_mean_cosine(
     jnp.asarray(support), jnp.asarray(labels), jnp.asarray(queries), 4
   )
   unit = support / np.linalg.norm(support, axis=1, keepdims=True)
   means = np.stack([unit[labels == c].mean(0) for c in range(4)])
   expected = 1 - scipy.spatial.distance.cdist(queries, means, 'cosine')
-  np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_euclid_predictions_equal_scikit_learn():

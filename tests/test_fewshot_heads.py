@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
-from fmeta import baselines, fewshot, losses
+from fmeta import baselines, fewshot, losses, optim, tuning
 from fmeta.errors import UsageError
+from fmeta.learner import finetune
 from fmeta.testing import check_gradient
 
 WAYS, WIDTH = 4, 3
@@ -131,27 +133,28 @@ def test_learned_ridge_starts_where_its_init_says(x64):
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_relation_compares_every_query_with_every_sum():
+def test_relation_compares_every_query_with_every_sum(x64):
   support, queries = task()
-  hidden, score = RELATION['hidden'], RELATION['score']
-  found = run(fewshot.relation(RELATION), support, queries)
+  params = toys.double(RELATION)
+  hidden, score = params['hidden'], params['score']
+  found = run(fewshot.relation(params), support, queries)
   for k in (0, 1, 3):
     total = support[LABELS == k].sum(0)
     for q, query in enumerate(queries):
       pair = np.concatenate([total, query])
       active = np.maximum(pair @ hidden['kernel'] + hidden['bias'], 0)
       expected = active @ score['kernel'] + score['bias']
-      np.testing.assert_allclose(found[q, k], expected[0], rtol=1e-4, atol=1e-6)
+      np.testing.assert_allclose(found[q, k], expected[0], rtol=1e-12)
 
 
-def test_relation_error_is_the_squared_error_of_the_sigmoids():
+def test_relation_error_is_the_squared_error_of_the_sigmoids(x64):
   logits = jnp.asarray([[0.3, -1.0, -jnp.inf], [2.0, 0.5, -jnp.inf]])
   error, metrics = fewshot.relation_error(
     logits, {'label': jnp.asarray([1, 0])}
   )
   sigmoid = 1 / (1 + np.exp(-np.asarray(logits)[:, :2]))
   target = np.array([[0, 1], [1, 0]])
-  np.testing.assert_allclose(error, ((sigmoid - target) ** 2).sum(-1), 1e-6)
+  np.testing.assert_allclose(error, ((sigmoid - target) ** 2).sum(-1), 1e-12)
   np.testing.assert_array_equal(metrics['accuracy'], [0, 1])
 
 
@@ -176,6 +179,33 @@ def test_the_cosine_classifier_ignores_lengths(x64):
   np.testing.assert_allclose(logits(7.0), expected, rtol=1e-12)
 
 
+def test_a_step_of_the_cosine_head_is_its_gradient_by_hand(x64):
+  # l_k = s u v_k, v_k = w_k / |w_k|: dl_k/dw_k = s (u - l_k v_k / s) / |w_k|.
+  random = np.random.default_rng(3)
+  x, w = random.normal(size=(5, 3)), random.normal(size=(3, 4))
+  labels, scale, rate = np.array([0, 3, 1, 1, 2]), 10.0, 0.5
+  rows, vectors = unit(x), unit(w.T)
+  cosines = rows @ vectors.T
+  slopes = (softmax(scale * cosines) - np.eye(4)[labels]) / len(x)
+  grads = slopes.T @ rows - (slopes * cosines).sum(0)[:, None] * vectors
+  expected = w - rate * scale * grads.T / np.linalg.norm(w, axis=0)
+
+  forward = fewshot.cosine_classifier(
+    lambda params, model_state, batch, rng: (batch['x'], model_state), scale
+  )
+  learner = finetune(
+    losses.supervised(forward, losses.softmax_cross_entropy),
+    optim.sgd(rate),
+    tuning=tuning.select('head/.*'),
+  )
+  params, batch = {'head': {'kernel': w}}, {'x': x, 'label': labels}
+  params, batch = jax.tree.map(jnp.asarray, (params, batch))
+  state = learner.init(params, jax.random.key(0))
+  state, _ = jax.jit(learner.step)(state, batch, jax.random.key(0))
+  found = state.trainable['head']['kernel']
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize('name', HEADS)
 def test_padding_rows_and_absent_classes_change_nothing(name, x64):
   support, queries = task()
@@ -186,9 +216,11 @@ def test_padding_rows_and_absent_classes_change_nothing(name, x64):
   assert np.all(np.isneginf(wide[:, 2:]))
 
 
-@pytest.mark.parametrize('name', HEADS)
-def test_gradients_agree_with_central_differences(name, x64):
-  support, queries = map(jnp.asarray, task())
+@pytest.mark.parametrize(
+  'name, width', [*((name, WIDTH) for name in HEADS), ('ridge', 11)]
+)
+def test_gradients_agree_with_central_differences(name, width, x64):
+  support, queries = map(jnp.asarray, task(width))
   weight = jnp.asarray([1.0, 1, 1, 1, 0, 1, 1])
   batch = {'label': jnp.asarray([0, 1, 3, 3])}
   params = {'support': support, 'queries': queries}

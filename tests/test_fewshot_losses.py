@@ -270,7 +270,7 @@ def test_cavia_is_its_hand_written_loop(x64):
   )(kernel)
   expected, slopes = jax.jit(jax.value_and_grad(cavia_by_hand))(kernel, batch)
   np.testing.assert_allclose(found, expected, rtol=1e-12)
-  np.testing.assert_allclose(grads, slopes, rtol=1e-10, atol=1e-14)
+  assert_close(slopes, grads, 'gradient', 1e-12)
 
 
 def test_only_the_context_moves_and_every_task_starts_at_zero(x64):
@@ -359,7 +359,7 @@ def test_fine_tuning_on_the_augmented_support_is_its_loop_by_hand(x64):
   # The linear head's logits lack -|q|^2.
   asked = (plain(params, query) ** 2).sum(-1)
   expected = logits(params, query) - asked[:, None]
-  np.testing.assert_allclose(found, expected, rtol=1e-10)
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
   assert seen[0] == ['label', 'support', 'x']
 
 

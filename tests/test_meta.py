@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import toys
 
-from fmeta import adapters, gradients, meta, optim, tree, tuning
+from fmeta import adapters, gradients, meta, optim, through, tree, tuning
 from fmeta.errors import UsageError
 from fmeta.learner import adapt, finetune
 from fmeta.testing import assert_close
@@ -78,6 +78,24 @@ def test_quadratic_episodes_have_their_closed_forms(name, x64):
   episodes, t = _episodes(4), jnp.asarray([1.0, -2.0, 0.5])
   expected = _closed_forms(t, episodes)[name]
   found = _grad(losses[name], {'t': t}, episodes)['t']
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  'way, name',
+  [
+    (through.remat, 'maml'),
+    (through.mixed, 'maml'),
+    (through.in_segments(3), 'maml'),
+    (through.first_order, 'fomaml'),
+  ],
+  ids=['remat', 'mixed', 'in segments', 'first order'],
+)
+def test_every_way_through_has_its_closed_form(way, name, x64):
+  episodes, t = _episodes(4), jnp.asarray([1.0, -2.0, 0.5])
+  loss = meta.episode_loss(_inner(), _quadratic, STEPS, through=way)
+  found = _grad(loss, {'t': t}, episodes)['t']
+  expected = _closed_forms(t, episodes)[name]
   np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -171,6 +189,30 @@ def test_a_learned_rate_has_its_closed_form(x64):
   g = s['A'] @ (t - s['c'])
   expected = -g @ (q['A'] @ (t - RATE * g - q['c']))
   np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_rate_per_weight_has_its_closed_form(x64):
+  # One step: t_1 = t - a g, g = A (t - c). With e = B (t_1 - d) it is
+  # dL/da = -g e and dL/dt = (I - A diag(a)) e.
+  episodes, t = _episodes(1), jnp.asarray([1.0, -2.0, 0.5])
+  loss = meta.episode_loss(
+    lambda rates: finetune(
+      _quadratic, optim.sgd(1.0, multipliers=(('t', rates['t']),))
+    ),
+    _quadratic,
+    1,
+  )
+  a = jnp.asarray([0.3, 0.1, 0.7])
+  found = _grad(loss, {'model': {'t': t}, 'hyper': {'t': a}}, episodes)
+  s, q = (
+    jax.tree.map(lambda x: x[0], episodes[part])
+    for part in ('support', 'query')
+  )
+  g = s['A'] @ (t - s['c'])
+  e = q['A'] @ (t - a * g - q['c'])
+  np.testing.assert_allclose(found['hyper']['t'], -g * e, rtol=1e-12)
+  of_start = (np.eye(3) - s['A'] @ np.diag(a)) @ e
+  np.testing.assert_allclose(found['model']['t'], of_start, rtol=1e-12)
 
 
 def _lora_problem(optimizer, dropout=0.0):

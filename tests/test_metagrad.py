@@ -21,6 +21,7 @@ OPTIMIZERS = {
 TUNINGS = {
   'full': tuning.full(),
   'select': tuning.select('head/.*'),
+  'boil': tuning.select('body/.*'),
   'lora': adapters.lora(*MATRICES, rank=2, also=('head/bias',)),
 }
 

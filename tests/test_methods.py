@@ -3,14 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import toys
 
 from fmeta import (
   adapters,
   averaging,
-  fewshot,
   gradients,
   losses,
   memory,
@@ -276,90 +274,6 @@ def test_meta_learner_conforms(name):
 
 def test_maml_conforms(as_users):
   check_learner(OUTER_ROWS['maml'], PARAMS, episodes(8), mesh=mesh())
-
-
-THREE = losses.supervised(toys.three_layers, losses.softmax_cross_entropy)
-KERNELS = toys.three_kernels()
-KEEP = tuning.select('head/.*')
-MOVING = KEEP.init(KERNELS, jax.random.key(0))[0]
-
-
-def embed(params, model_state, batch, rng):
-  return jnp.tanh(batch['x'] @ params['body']['layer_0']['kernel']), model_state
-
-
-def with_prototypes(params, model_state, batch, rng):
-  rows, _ = embed(params, model_state, batch, rng)
-  head = params['head']
-  return rows @ head['kernel'] + head['bias'][None], model_state
-
-
-OF_PROTOTYPES = losses.supervised(with_prototypes, losses.softmax_cross_entropy)
-
-
-def stepping(rates):
-  return finetune(THREE, fewshot.step_rates(rates), tuning=KEEP)
-
-
-def curving(matrices):
-  turned = optax.chain(fewshot.meta_curvature(matrices), SGD)
-  return finetune(THREE, turned, tuning=KEEP)
-
-
-# (loss of episodes, outer parameters)
-FEW_SHOT_ROWS = {
-  'prototypical network': (
-    fewshot.head_loss(fewshot.prototypes, embed, 3),
-    {'body': KERNELS['body']},
-  ),
-  'r2d2': (
-    fewshot.head_loss(fewshot.learned_ridge(), embed, 3),
-    {'model': {'body': KERNELS['body']}, 'hyper': fewshot.ridge_init()},
-  ),
-  'proto-maml': (
-    fewshot.starting_from(
-      fewshot.prototype_start(embed, 3),
-      episode_loss(finetune(OF_PROTOTYPES, SGD), OF_PROTOTYPES, 1),
-    ),
-    {'body': KERNELS['body']},
-  ),
-  'maml++': (
-    fewshot.multi_step_loss(stepping, THREE, 2),
-    {
-      'model': KERNELS,
-      'hyper': fewshot.step_rates_init(MOVING, 2, 0.1),
-    },
-  ),
-  'meta-curvature': (
-    episode_loss(curving, THREE, 1),
-    {'model': KERNELS, 'hyper': fewshot.curvature_init(MOVING)},
-  ),
-}
-
-
-ON_USERS_CODE = ('r2d2', 'proto-maml')
-
-
-@pytest.mark.parametrize(
-  'name', [name for name in FEW_SHOT_ROWS if name not in ON_USERS_CODE]
-)
-def test_few_shot_learner_conforms(name):
-  check_few_shot(name)
-
-
-@pytest.mark.parametrize('name', ON_USERS_CODE)
-def test_few_shot_learner_conforms_as_users_compile_it(name, as_users):
-  check_few_shot(name)
-
-
-def check_few_shot(name):
-  loss, params = FEW_SHOT_ROWS[name]
-  batch = episodes(8)
-  # Every class has support; `step_weight` is for MAML++ alone.
-  batch['support']['label'] = jnp.tile(jnp.asarray([[0, 1, 2, 0]]), (8, 1))
-  batch['step_weight'] = jnp.tile(jnp.asarray([[0.25, 0.75]]), (8, 1))
-  on = mesh() if name in ('prototypical network', 'maml++') else None
-  check_learner(finetune(loss, SGD), params, batch, mesh=on)
 
 
 @pytest.mark.parametrize('spelling', ['keyword', 'positional', 'attribute'])

@@ -61,7 +61,7 @@ def outer(inner, way, over=jax.vmap, steps=3):
   )
 
 
-def close(found, expected, tolerance=1e-10):
+def close(found, expected, tolerance=1e-12):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance),
     found,

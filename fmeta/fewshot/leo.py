@@ -60,8 +60,9 @@ def leo_init(
     'decoder': {'kernel': draw(keys[-1], (latents, 2 * features))},
   }
   hyper = {
-    'latent': jnp.full((1, latents), latent_rate),
-    'head': jnp.full((features, 1), head_rate),
+    # With a type: a weak one would be compiled for twice.
+    'latent': jnp.full((1, latents), latent_rate, jnp.float32),
+    'head': jnp.full((features, 1), head_rate, jnp.float32),
   }
   return {'model': model, 'hyper': hyper}
 
