@@ -106,10 +106,7 @@ class Episodes:
     Raises:
       UsageError: if rows are collated, which needs the rows themselves.
     """
-    if self.collate:
-      raise UsageError(
-        'episodes with collate= cannot be given by row; pad the columns first'
-      )
+    refuse_collated(self.collate)
 
     def part(rows):
       label = _labels(self.ways, rows).reshape(rows.shape)
@@ -117,6 +114,14 @@ class Episodes:
 
     support, query = self.rows(i)
     return {'support': part(support), 'query': part(query)}
+
+
+def refuse_collated(collate: Collate | None) -> None:
+  """Raises `UsageError` for episodes that are made of more than rows."""
+  if collate:
+    raise UsageError(
+      'episodes with collate= cannot be given by row; pad the columns first'
+    )
 
 
 def _labels(ways: int, rows: np.ndarray) -> np.ndarray:

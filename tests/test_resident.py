@@ -1,12 +1,14 @@
 """Data that stay on the device are the data that were sent."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from test_train import KEY, LOSS, assert_same, losses, parameters
+from test_train import KEY, LOSS, assert_same, forward, losses, parameters
 
 import fmeta
-from fmeta import data, episodes, optim, sharding, train
+from fmeta import data, episodes, fewshot, optim, sharding, train
 from fmeta.errors import UsageError
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 3, 8
@@ -49,6 +51,25 @@ def test_rows_and_labels_are_those_of_the_episodes():
     np.testing.assert_array_equal(rows[part]['label'], made[part]['label'])
     assert rows[part]['row'].dtype == np.int32
     assert set(rows[part]) == {'row', 'label'}
+
+
+def test_tasks_of_any_size_are_named_by_row_too():
+  limits = fewshot.Limits(2, 4, 2, 9)
+  source = fewshot.varied_episodes(columns(), 3, limits, tasks=4)
+  learner = fmeta.finetune(
+    fewshot.head_loss(fewshot.prototypes, forward, 4), optim.adam(1e-2)
+  )
+  program = train.Resident(learner, only_x())
+  found = fitted(learner, source.by_row, program=program)
+  other = fmeta.finetune(
+    fewshot.head_loss(fewshot.prototypes, forward, 4), optim.adam(1e-2)
+  )
+  expected = fitted(other, source)
+  assert losses(found) == losses(expected)
+  assert_same(found.state, expected.state)
+  bare = dataclasses.replace(source, collate=lambda batch: batch)
+  with pytest.raises(UsageError, match='cannot be given by row'):
+    bare.by_row(0)
 
 
 @pytest.mark.parametrize('dispatched', [1, 4])

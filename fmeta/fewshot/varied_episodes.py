@@ -13,10 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmeta.data import Collate, Columns, check_columns, column, numeric, take
+from fmeta.data import (
+  ROW,
+  Collate,
+  Columns,
+  check_columns,
+  column,
+  numeric,
+  take,
+)
 from fmeta.draw import VARIED, random_words
-from fmeta.episodes import Episode, rows_by_class
+from fmeta.episodes import Episode, refuse_collated, rows_by_class
 from fmeta.errors import UsageError
+from fmeta.fewshot.hierarchy import below_nodes, by_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +117,29 @@ class VariedEpisodes:
 
   def __call__(self, i: int) -> Episode:
     """The i-th meta-batch."""
+    rows = self._flat(i)
+    batch = {**take(self.columns, rows.pop(ROW)), **rows}
+    return self._parts(self.collate(batch) if self.collate else batch)
+
+  def by_row(self, i: int) -> Episode:
+    """The i-th meta-batch as row numbers, for `train.Resident`.
+
+    Returns:
+      `{'support': {'row', 'label', 'weight'}, 'query': ...}`.
+
+    Raises:
+      UsageError: if rows are collated, which needs the rows themselves.
+    """
+    refuse_collated(self.collate)
+    return self._parts(self._flat(i))
+
+  def _flat(self, i: int) -> dict[str, np.ndarray]:
     tasks = range(i * self.tasks, (i + 1) * self.tasks)
     made = [self._padded(task) for task in tasks]
     rows, label, weight = map(np.concatenate, zip(*made, strict=True))
-    batch = {**take(self.columns, rows), 'label': label, 'weight': weight}
-    if self.collate:
-      batch = self.collate(batch)
+    return {ROW: rows.astype(np.int32), 'label': label, 'weight': weight}
 
+  def _parts(self, batch: dict[str, np.ndarray]) -> Episode:
     def part(array, which):
       return array.reshape(self.tasks, -1, *array.shape[1:])[:, which]
 
@@ -231,9 +256,9 @@ def varied_episodes(
   if within is not None:
     if isinstance(within, Mapping):
       known = np.unique(column(columns, key)).tolist()
-      pools = _nodes(within, list(groups), known, limits.min_ways)
+      pools = below_nodes(within, list(groups), known, limits.min_ways)
     else:
-      pools = _groups(groups, column(columns, within), limits.min_ways)
+      pools = by_group(groups, column(columns, within), limits.min_ways)
   if max(map(len, pools)) < limits.min_ways:
     raise UsageError(
       f'{limits.min_ways} ways need {limits.min_ways} classes, there are '
@@ -253,41 +278,3 @@ def _check_limits(limits: Limits, tasks: int) -> None:
       f'min_ways {limits.min_ways}, max_ways {limits.max_ways}, max_support '
       f'{limits.max_support} do not grow; every class needs a support row'
     )
-
-
-def _groups(members, groups, fewest) -> tuple[np.ndarray, ...]:
-  """Classes by group, in the groups' sorted order; groups with enough."""
-  for name, rows in members.items():
-    if len(several := np.unique(groups[rows])) > 1:
-      raise UsageError(
-        f'class {name!r} is in the groups {several.tolist()}; give each class '
-        'one, or the nodes of a hierarchy with the classes below them'
-      )
-  of_class = np.array([groups[rows[0]] for rows in members.values()])
-  pools = [np.flatnonzero(of_class == name) for name in np.unique(of_class)]
-  return _with_enough(pools, fewest)
-
-
-def _nodes(nodes, classes, known, fewest) -> tuple[np.ndarray, ...]:
-  """Those of `classes` below each node, in the order of the nodes."""
-  below = [set(np.asarray(list(given)).tolist()) for given in nodes.values()]
-  unknown = set().union(*below) - set(known)
-  if unknown:
-    raise UsageError(
-      f'the hierarchy has {len(unknown)} class(es) without examples, such as '
-      f'{min(unknown, key=str)!r}; leave them out'
-    )
-  pools = [
-    np.flatnonzero([name in given for name in classes]) for given in below
-  ]
-  return _with_enough(pools, fewest)
-
-
-def _with_enough(pools, fewest) -> tuple[np.ndarray, ...]:
-  enough = tuple(pool for pool in pools if len(pool) >= fewest)
-  if not enough:
-    raise UsageError(
-      f'no group has {fewest} classes, the largest has '
-      f'{max(map(len, pools))}; lower min_ways'
-    )
-  return enough
