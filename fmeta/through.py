@@ -156,6 +156,8 @@ def cg(num_steps: int, damping: float = 0.0) -> Solve:
       definite system.
   """
   _require_steps('cg', num_steps)
+  if damping < 0:
+    raise UsageError(f'cg(damping={damping}); choose 0 or more')
 
   def solve(product, v):
     def damped(u):
@@ -212,7 +214,8 @@ def implicit(solve: Solve) -> Through:
   dropout and with the same batch in each step.
 
   Args:
-    solve: `cg(num_steps)` or `neumann(num_steps, rate)`.
+    solve: `cg(num_steps, damping)` or `neumann(num_steps, rate)`; with damping
+      d it is (H + d I)^-1 that is taken.
 
   Raises:
     UsageError: in the loop, without a penalty that remembers the start.

@@ -111,3 +111,13 @@ def shared_data() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f'no real data at {folder}; set FMETA_SHARED_DATA')
   return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """Sixty made-up characters wherever Omniglot is loaded."""
+  from characters import drawn_characters
+
+  from fmeta.datasets import omniglot
+
+  monkeypatch.setattr(omniglot, 'load', lambda folder: drawn_characters())

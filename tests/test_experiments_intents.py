@@ -60,7 +60,7 @@ def test_rows_share_episodes_grids_and_controls(tmp_path, tiny_bert, folder):
   assert execute(tmp_path / 'run', folder, **small) == 0
   result = json.loads((tmp_path / 'run' / 'result.json').read_text())
   numbers, ci95 = result['metrics'], result['ci95']
-  assert numbers['banking77_1shot/episodes'] == 20
+  assert numbers['banking77_1shot/tests'] == 20
   trials = tmp_path / 'run' / 'trials' / 'banking77_1shot' / 'fold_01'
   rows = {path.stem: json.loads(path.read_text()) for path in trials.iterdir()}
   reference = np.array(rows[text_table.REFERENCE]['correct'])

@@ -42,6 +42,10 @@ def two_steps(form, centre):
 SOLVERS = {
   'cg 1': (through.cg(1), lambda h, v: cg_by_hand(h, v, 1)),
   'cg 2': (through.cg(2), lambda h, v: cg_by_hand(h, v, 2)),
+  'cg 2, damped': (
+    through.cg(2, 0.7),
+    lambda h, v: cg_by_hand(h + 0.7 * np.eye(3), v, 2),
+  ),
   'neumann 2': (
     through.neumann(2, RATE),
     lambda h, v: neumann_by_hand(h, v, 2),

@@ -277,7 +277,8 @@ def test_two_processes_give_one_processs_numbers(tmp_path):
   with np.load(out) as found:
     found = dict(found)
   alone = worker.answers(None)
-  np.testing.assert_allclose(found['answers'], alone, rtol=1e-4, atol=1e-5)
+  # Two float32 steps, sums in another order.
+  np.testing.assert_allclose(found['answers'], alone, rtol=1e-5, atol=1e-5)
   for regime in worker.PROCESSES:
     own = {
       k.removeprefix(regime + '/'): v

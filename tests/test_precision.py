@@ -1,13 +1,19 @@
 """The precision of products: what is in the program, and what comes out."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_query_leakage import method_of
 
 import fmeta
+from experiments.common import Seeds
+from experiments.fewshot.omniglot import splits, task
 from fmeta import optim
 from fmeta.models import Conv4, Mlp, computing_in, forward, init
+from fmeta.workdir import Context
 
 IMAGES = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
 BATCH = {'image': IMAGES, 'label': np.arange(6, dtype=np.int32) % 3}
@@ -101,3 +107,18 @@ def test_float32_is_what_the_model_gives_on_cpu():
 def test_an_unknown_precision_is_refused():
   with pytest.raises(fmeta.UsageError, match="'bf16'; did you mean 'bfloat16'"):
     computing_in(conv4()[0], 'bf16')
+
+
+@pytest.mark.parametrize('name', ['t_net', 'leo', 'relation', 'r2d2', 'imaml'])
+def test_no_product_of_a_method_is_left_to_the_device(name, tmp_path, drawn):
+  method = method_of(name, tmp_path)
+  module = importlib.import_module(f'experiments.fewshot.omniglot.{name}')
+  config = module.Config(**module.SMALL, seed=Seeds())
+  columns = splits.load(config, Context(tmp_path))['train']
+  batch = method.source(task.training_episodes(config, method, columns))(0)
+  state = method.learner.init(method.params, KEY)
+  program = jax.make_jaxpr(method.learner.step)(state, batch, KEY)
+  every = products(program.jaxpr)
+  assert len(every) > 10
+  highest = jax.lax.Precision.HIGHEST
+  assert {eqn.params['precision'] for eqn in every} == {(highest, highest)}

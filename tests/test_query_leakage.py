@@ -20,7 +20,7 @@ def method_of(name, folder):
   config, seen = module.Config(**module.SMALL, seed=Seeds()), []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      task, 'run', lambda config, context, method: seen.append(method)
+      task, 'run', lambda config, context, method, *_: seen.append(method)
     )
     module.run(config, Context(folder))
   return seen[0]
@@ -44,7 +44,9 @@ def episode(seed):
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_other_queries_change_an_answer_only_in_transduction(name, tmp_path):
+def test_other_queries_change_an_answer_only_in_transduction(
+  name, tmp_path, drawn
+):
   method = method_of(name, tmp_path)
 
   def answers(predict):

@@ -187,7 +187,7 @@ def learners(
 def measure(
   config: Config, row: str, num_steps: int, way: str, **options: Any
 ) -> dict[str, Any]:
-  """Compiles one outer gradient from shapes alone."""
+  """Compiles one outer gradient from shapes; runs it if asked to."""
   if way not in WAYS:
     raise fmeta.UsageError(f'no way {way!r}; possible: {sorted(WAYS)}')
   outer, inner, params_of = learners(config, row, num_steps, way, **options)

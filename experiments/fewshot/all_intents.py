@@ -30,10 +30,9 @@ from typing import Any
 import numpy as np
 
 import fmeta
-from experiments.fewshot import text_table, text_task
+from experiments.fewshot import intent_table, text_table, text_task
 from experiments.fewshot.intent_methods import (
   DATASETS,
-  UNTRAINED,
   Methods,
   Settings,
   check_settings,
@@ -107,6 +106,11 @@ class Bench(text_task.Bench):
     self.rows = dict(zip(parts, spans, strict=True))
     self.label_of = {name: k for k, name in enumerate(names['train'])}
     self.names = self.columns['name']
+
+  @property
+  def test_texts(self) -> data.Columns:
+    """The test set; whatever was trained on, a run is paired by it."""
+    return data.take(self.texts, self.rows['test'])
 
   @property
   def test_ways(self) -> int:
@@ -223,15 +227,14 @@ def run(config: Config, context: Context) -> dict:
     for row in (text_table.REFERENCE, *config.methods)
   }
   title = f'{config.dataset}, all intents, {config.shots} texts of each'
-  return text_table.present(
+  return intent_table.present(
     bench,
-    name,
     results,
-    title,
-    note_of(config, bench),
-    f'the test texts of {config.dataset}',
-    UNTRAINED,
-    began,
+    name=name,
+    title=title,
+    note=note_of(config, bench),
+    tested_on=f'all of the test set, {config.max_length} tokens',
+    began=began,
   )
 
 

@@ -31,7 +31,7 @@ import jax
 
 import fmeta
 from experiments.common import Seeds, trial
-from experiments.fewshot import text_table, text_task
+from experiments.fewshot import intent_table, text_table, text_task
 from experiments.fewshot.names import SPLITS, open_bench
 from experiments.fewshot.text_family import Family, choose_and_test, cost_of
 from experiments.fewshot.text_table import REFERENCE
@@ -192,10 +192,7 @@ def panel(config: Config, context: Context) -> tuple[Panel, dict]:
     reference=REFERENCE,
     total=bench.total,
   )
-  tested_on = (
-    f'{config.test_episodes} episodes, {config.ways} ways, {config.shots} '
-    f'shots, {config.queries} queries'
-  )
+  tested_on = intent_table.episodes_of(config)
   return shown, text_table.outcome_of(table, bench, tested_on)
 
 

@@ -115,7 +115,7 @@ def check_settings(config: Any) -> None:
     raise fmeta.UsageError(
       f'no data set {config.dataset!r}; possible: {", ".join(DATASETS)}'
     )
-  if config.iterations % config.checkpoints:
+  if config.checkpoints < 1 or config.iterations % config.checkpoints:
     raise fmeta.UsageError(
       f'{config.iterations} iterations have no {config.checkpoints} equal '
       'parts; give a multiple'

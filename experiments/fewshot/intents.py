@@ -40,11 +40,10 @@ import time
 import numpy as np
 
 import fmeta
-from experiments.fewshot import text_table, text_task
+from experiments.fewshot import intent_table, text_table, text_task
 from experiments.fewshot.intent_methods import (
   DATASETS,
   METHODS,
-  UNTRAINED,
   Methods,
   Settings,
   check_settings,
@@ -89,6 +88,12 @@ SMALL = {
 def check(config: Config) -> None:
   """Refuses what cannot run, before anything is loaded."""
   check_settings(config)
+  tasks, control = config.tasks, config.control_episodes
+  if control < 1 or control % tasks or control > config.test_episodes:
+    raise fmeta.UsageError(
+      f'{control} control episodes of {config.test_episodes}; give a multiple '
+      f'of the {tasks} tasks at a time'
+    )
   if not config.folds:
     raise fmeta.UsageError('no folds; give some of 1 to 5: --config.folds=1,2')
 
@@ -120,14 +125,6 @@ def run_folds(methods: Methods, folds: dict) -> dict[str, list[dict]]:
   return results
 
 
-def episodes_of(config: Config) -> str:
-  """What names the test list beside its texts and folds."""
-  return (
-    f'{config.test_episodes} episodes, {config.ways} ways, {config.shots} '
-    f'shots, {config.queries} queries, {config.max_length} tokens'
-  )
-
-
 def note_of(config: Config, folds: dict) -> str:
   """The protocol in words."""
   sizes = next(iter(folds.values()))
@@ -156,15 +153,15 @@ def run(config: Config, context: Context) -> dict:
   bench = text_task.Bench(config, context, texts, next(iter(folds.values())))
   results = run_folds(Methods(bench), folds)
   name = f'{config.dataset}_{config.shots}shot'
-  outcome = text_table.present(
+  numbers = ', '.join(map(str, folds))
+  outcome = intent_table.present(
     bench,
-    name,
     {key: text_table.merged(runs) for key, runs in results.items()},
-    f'{config.dataset}, {config.ways}-way {config.shots}-shot',
-    note_of(config, folds),
-    f'{episodes_of(config)}, folds {", ".join(map(str, folds))}',
-    UNTRAINED,
-    began,
+    name=name,
+    title=f'{config.dataset}, {config.ways}-way {config.shots}-shot',
+    note=note_of(config, folds),
+    tested_on=f'{intent_table.episodes_of(config)}, folds {numbers}',
+    began=began,
   )
   for key, runs in results.items():
     for fold, made in zip(folds, runs, strict=True):

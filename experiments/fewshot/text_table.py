@@ -1,14 +1,12 @@
 """Rows, curves and paired differences of a few-shot text table."""
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments.fewshot.text_task import Bench
-from fmeta import data, evaluate, metrics, report, result
+from fmeta import data, evaluate, metrics
 from fmeta.report import Line, Row
 from fmeta.scores import Scores
 
@@ -59,7 +57,7 @@ def compare(
   first = Row(
     REFERENCE, base.mean, base.ci95, 'cosine', baseline=True, more=control
   )
-  numbers = {f'{name}/{REFERENCE}': base.mean, f'{name}/episodes': base.n}
+  numbers = {f'{name}/{REFERENCE}': base.mean, f'{name}/tests': base.n}
   ci95 = {f'{name}/{REFERENCE}': base.ci95}
   for key, value in control.items():
     numbers[f'{name}/{REFERENCE}, {key}'] = float(value)
@@ -137,75 +135,16 @@ def show_grid(name: str, result: Mapping[str, Any]) -> None:
 
 def outcome_of(table: Table, bench: Bench, tested_on: str) -> dict[str, Any]:
   """What an experiment's `run` returns; `tested_on` names the test list."""
-  data_sha256 = data.fingerprint(bench.texts)
+  tests_sha256 = data.fingerprint(bench.test_texts)
   return {
     'metrics': table.numbers,
     'ci95': table.ci95,
     **{key: table.cost.get(key) for key in _COSTS},
     'trainable_parameters': table.rows[-1].trainable,
     'total_parameters': bench.total,
-    'data_sha256': data_sha256,
+    'data_sha256': data.fingerprint(bench.texts),
     'scores': {
-      key: Scores(values, f'{data_sha256}, {tested_on}')
+      key: Scores(values, f'{tests_sha256}, {tested_on}')
       for key, values in table.values.items()
     },
   }
-
-
-def present(
-  bench: Bench,
-  name: str,
-  results: dict[str, dict],
-  title: str,
-  note: str,
-  tested_on: str,
-  baselines: Sequence[str],
-  began: float,
-) -> dict[str, Any]:
-  """Prints the table, writes the page, gives what `run` returns.
-
-  Args:
-    bench: what was run on.
-    name: prefix of the metrics.
-    results: row -> its trial.
-    title: of the table.
-    note: the protocol in words.
-    tested_on: names the test list.
-    baselines: rows drawn in grey.
-    began: `time.perf_counter()` of the start.
-  """
-  config, rows = bench.config, dict(results)
-  reference = rows.pop(REFERENCE)
-  table = compare(
-    name,
-    {key: [made] for key, made in rows.items()},
-    np.array(reference['correct']),
-    config.test_steps,
-    baselines,
-    np.array(reference['shuffled']),
-  )
-  shown = report.Panel(
-    title,
-    'Which method beats the nearest class mean of the frozen encoder?',
-    table.rows,
-    note,
-    report.curves(table.lines, xlabel='inner steps'),
-    reference=REFERENCE,
-    total=bench.total,
-  )
-  print(report.terminal_table(shown), flush=True)
-  outcome = outcome_of(table, bench, tested_on)
-  report.write_report(
-    bench.context.workdir / 'report.html',
-    f'Few-shot intents: MiniLM on {config.dataset}',
-    [shown],
-    {
-      'hardware': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
-      'seconds': round(time.perf_counter() - began),
-      'date': time.strftime('%Y-%m-%d'),
-      'commit': result.commit(),
-      'data sha256': outcome['data_sha256'],
-      'versions': result.versions(),
-    },
-  )
-  return outcome

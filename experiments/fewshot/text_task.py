@@ -80,6 +80,11 @@ class Bench:
     self.loss = fmeta.supervised(self.classify, fmeta.softmax_cross_entropy)
 
   @property
+  def test_texts(self) -> data.Columns:
+    """Where the tests come from."""
+    return self.texts
+
+  @property
   def test_ways(self) -> int:
     """Classes of a task in validation and testing."""
     return self.config.ways

@@ -79,7 +79,8 @@ def without_absent(logits: Array, present: Array) -> Array:
   return jnp.where(present[None], logits, -jnp.inf)
 
 
-def _product(a: Array, b: Array) -> Array:
+def product(a: Array, b: Array) -> Array:
+  """In the precision of the numbers: heads are small, and solve systems."""
   return jnp.matmul(a, b, precision='highest')
 
 
@@ -127,7 +128,7 @@ def cosine_prototypes(scale: Scalar = 10.0) -> Head:
   def head(support, labels, queries, ways, weight=None):
     check_task(support, labels, queries, weight)
     means, counts = class_means(support, labels, ways, weight)
-    cosine = _product(unit_length(queries), unit_length(means).T)
+    cosine = product(unit_length(queries), unit_length(means).T)
     return without_absent(scale * cosine, counts > 0)
 
   return head
@@ -148,7 +149,7 @@ def matching(scale: Scalar = 1.0) -> Head:
 
   def head(support, labels, queries, ways, weight=None):
     check_task(support, labels, queries, weight)
-    cosine = scale * _product(unit_length(queries), unit_length(support).T)
+    cosine = scale * product(unit_length(queries), unit_length(support).T)
     member, present = members(labels, ways, weight, cosine.dtype)
     # An absent class borrows every row: the logarithm of an empty sum has no
     # derivative.
@@ -191,7 +192,7 @@ def ridge(strength: Scalar, scale: Scalar) -> Head:
     if root is not None:
       rows = rows * root.astype(rows.dtype)[:, None]
     weights = _ridge_weights(rows, member, strength)
-    return without_absent(scale * _product(asked, weights), present)
+    return without_absent(scale * product(asked, weights), present)
 
   return head
 
@@ -209,10 +210,10 @@ def _ridge_weights(x: Array, y: Array, strength: Scalar) -> Array:
   """argmin_W |x W - y|^2 + strength |W|^2, [D, C]."""
   rows, width = x.shape
   if rows < width:
-    gram = _product(x, x.T) + strength * jnp.eye(rows, dtype=x.dtype)
-    return _product(x.T, jax.scipy.linalg.solve(gram, y, assume_a='pos'))
-  gram = _product(x.T, x) + strength * jnp.eye(width, dtype=x.dtype)
-  return jax.scipy.linalg.solve(gram, _product(x.T, y), assume_a='pos')
+    gram = product(x, x.T) + strength * jnp.eye(rows, dtype=x.dtype)
+    return product(x.T, jax.scipy.linalg.solve(gram, y, assume_a='pos'))
+  gram = product(x.T, x) + strength * jnp.eye(width, dtype=x.dtype)
+  return jax.scipy.linalg.solve(gram, product(x.T, y), assume_a='pos')
 
 
 def ridge_init(strength: float = 1.0, scale: float = 1.0) -> Params:

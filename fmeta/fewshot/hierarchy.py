@@ -69,6 +69,6 @@ def _with_enough(pools: Sequence[np.ndarray], fewest: int) -> Pools:
   if not enough:
     raise UsageError(
       f'no group has {fewest} classes, the largest has '
-      f'{max(map(len, pools))}; lower min_ways'
+      f'{max(map(len, pools), default=0)}; lower min_ways'
     )
   return enough

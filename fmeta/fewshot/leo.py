@@ -18,6 +18,7 @@ from fmeta.fewshot.episode_losses import (
   predict_from,
   starting_from,
 )
+from fmeta.fewshot.heads import product
 from fmeta.fewshot.starts import NEVER
 from fmeta.learner import adapt, finetune
 from fmeta.losses import softmax_cross_entropy, supervised
@@ -69,7 +70,7 @@ def leo_init(
 
 def _encoded(model: Params, rows: Array, support: Batch, ways: int):
   """(means, logarithms of deviations [ways, Z], which classes are there)."""
-  codes = rows @ model['encoder']['kernel']
+  codes = product(rows, model['encoder']['kernel'])
   shape = (len(codes), *codes.shape)
   pairs = jnp.concatenate(
     [
@@ -79,12 +80,12 @@ def _encoded(model: Params, rows: Array, support: Batch, ways: int):
     axis=-1,
   )
   for k in range(LAYERS):
-    pairs = pairs @ model['relation'][f'layer_{k}']['kernel']
+    pairs = product(pairs, model['relation'][f'layer_{k}']['kernel'])
     pairs = jax.nn.relu(pairs) if k + 1 < LAYERS else pairs
   weight = support.get('weight', jnp.ones(len(codes)))
   share = (weight / weight.sum()).astype(codes.dtype)
   means, counts = class_means(
-    jnp.tensordot(pairs, share, (1, 0)), support['label'], ways, weight
+    (pairs * share[None, :, None]).sum(1), support['label'], ways, weight
   )
   centre, deviation = jnp.split(means, 2, axis=-1)
   return centre, deviation, counts > 0
@@ -102,7 +103,7 @@ def _decoded(params: Params, key: Array | None) -> Array:
   """The head's kernel [D, ways] from the latents."""
   latents = params['latent']['z']
   centre, deviation = jnp.split(
-    latents @ params['decoder']['kernel'], 2, axis=-1
+    product(latents, params['decoder']['kernel']), 2, axis=-1
   )
   # Glorot's deviation where the decoder says 0, as in the authors' code.
   offset = 0.5 * jnp.log(2 / sum(centre.shape))
@@ -115,7 +116,8 @@ def _classifier(embed: Forward) -> Forward:
   def forward(params, model_state, batch, rng):
     rows, model_state = embed(params, model_state, batch, rng)
     bias = params['latent']['bias']
-    return rows @ params['weights']['kernel'] + bias[None], model_state
+    logits = product(rows, params['weights']['kernel'])
+    return logits + bias[None], model_state
 
   return forward
 
@@ -217,9 +219,9 @@ def divergence(latent: Params) -> Array:
 
 def correlation(kernel: Array) -> Array:
   """Mean squared distance of the rows' cosines from the identity."""
-  product = kernel @ kernel.T
-  norms = jnp.sqrt(jnp.diagonal(product))
-  cosines = product / (norms[:, None] * norms[None])
+  squares = product(kernel, kernel.T)
+  norms = jnp.sqrt(jnp.diagonal(squares))
+  cosines = squares / (norms[:, None] * norms[None])
   return jnp.mean((cosines - jnp.eye(len(kernel), dtype=kernel.dtype)) ** 2)
 
 

@@ -6,7 +6,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fmeta.fewshot.heads import Head, check_task, members, without_absent
+from fmeta.fewshot.heads import (
+  Head,
+  check_task,
+  members,
+  product,
+  without_absent,
+)
 from fmeta.types import Array, Params
 
 
@@ -27,13 +33,13 @@ def relation(params: Params) -> Head:
   def head(support, labels, queries, ways, weight=None):
     check_task(support, labels, queries, weight)
     member, present = members(labels, ways, weight, support.dtype)
-    sums = jnp.matmul(member.T, support, precision='highest')
+    sums = product(member.T, support)
     hidden, score = params['hidden'], params['score']
     # V [s, q] = V_1 s + V_2 q: no pair is formed before the hidden layer.
     of_class, of_query = jnp.split(hidden['kernel'], 2)
-    pairs = (queries @ of_query)[:, None] + (sums @ of_class)[None]
+    pairs = product(queries, of_query)[:, None] + product(sums, of_class)[None]
     active = jax.nn.relu(pairs + hidden['bias'][None, None])
-    logits = (active @ score['kernel'])[..., 0] + score['bias'][0]
+    logits = product(active, score['kernel'])[..., 0] + score['bias'][0]
     return without_absent(logits, present)
 
   return head

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import fmeta
-from experiments.fewshot.omniglot import measure, task
+from experiments.fewshot.omniglot import measure, splits, task
 from fmeta import data, fewshot, optim
 from fmeta.workdir import Context
 
@@ -56,7 +56,8 @@ def run(config: Config, context: Context) -> dict:
       'the baseline trains on no episodes; leave --config.resident=False and '
       '--config.chunk=0'
     )
-  classes = 4 * config.train_characters  # by rotations
+  parts = splits.load(config, context)
+  classes = len(np.unique(parts['train']['label']))
   embed = task.model(config, None)
   alone = measure.by_support(config, None)
   classify = fewshot.cosine_classifier(embed, config.scale)
@@ -85,7 +86,7 @@ def run(config: Config, context: Context) -> dict:
     by_step=fewshot.predict_from(begin, by_step),
     source=lambda episodes: batches_of(config, episodes),
   )
-  return task.run(config, context, method)
+  return task.run(config, context, method, parts)
 
 
 def batches_of(config: Config, episodes) -> data.Batches:

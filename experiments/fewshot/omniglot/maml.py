@@ -17,7 +17,6 @@ from typing import Any
 import fmeta
 from experiments.fewshot.omniglot import measure, task
 from fmeta import fewshot, optim, through
-from fmeta.types import Forward
 from fmeta.workdir import Context
 
 SMALL = task.SMALL
@@ -34,18 +33,13 @@ class Config(task.Task):
   test_steps: int = 3
 
 
-def same(model: Forward) -> Forward:
-  """The model as it is."""
-  return model
-
-
 def method(
   config: Config,
   context: Context,
   make_inner: MakeInner,
   params: Any = None,
   *,
-  model_of: Callable[[Forward], Forward] = same,
+  model_of: measure.ModelOf = measure.same,
   how: through.Through = through.plain,
 ) -> task.Method:
   """An inner loop, differentiated.
@@ -58,8 +52,8 @@ def method(
     model_of: wraps Conv4.
     how: the inner loop is differentiated.
   """
-  model = model_of(task.model(config, config.ways))
-  alone = model_of(measure.by_support(config, config.ways))
+  model = task.model(config, config.ways, model_of)
+  alone = measure.by_support(config, config.ways, model_of)
   loss = fmeta.supervised(model, fmeta.softmax_cross_entropy)
   inner = make_inner(loss)
   meta_loss = fmeta.episode_loss(inner, loss, config.inner_steps, through=how)

@@ -26,17 +26,27 @@ from fmeta.datasets import omniglot
 from fmeta.models import IMAGE, Conv4, computing_in, forward, init
 from fmeta.report import Line, curves
 
+ModelOf = Callable[[fmeta.Forward], fmeta.Forward]
 
-def by_support(config: Any, num_classes: int | None) -> fmeta.Forward:
+
+def same(model: fmeta.Forward) -> fmeta.Forward:
+  """The model as it is."""
+  return model
+
+
+def by_support(
+  config: Any, num_classes: int | None, model_of: ModelOf = same
+) -> fmeta.Forward:
   """The model with norms that use the statistics of `support_image`.
 
   Args:
-    config: with `filters` and `norm`.
+    config: with `filters`, `norm` and `precision`.
     num_classes: of the head; None: without one.
+    model_of: wraps Conv4.
   """
   norm = 'group' if config.norm == 'group' else 'running'
-  model = Conv4(num_classes, config.filters, norm)
-  run = computing_in(forward(model, IMAGE), config.precision)
+  plain = forward(Conv4(num_classes, config.filters, norm), IMAGE)
+  run = computing_in(model_of(plain), config.precision)
   if norm == 'group':
     return run
   empty = empty_statistics(config.filters)
@@ -56,7 +66,7 @@ def by_training(
   num_classes: int,
   inner: Any,
   num_steps: int,
-  model_of: Callable[[fmeta.Forward], fmeta.Forward] = lambda model: model,
+  model_of: ModelOf = same,
 ) -> Callable[[Any, Sequence[episodes.Episode]], Callable]:
   """Statistics of training tasks, per inner step (MAML++, section 4).
 
@@ -77,7 +87,7 @@ def by_training(
 
   def run_with(norm):
     model = forward(Conv4(num_classes, config.filters, norm), IMAGE)
-    return model_of(computing_in(model, config.precision))
+    return computing_in(model_of(model), config.precision)
 
   fresh, frozen = run_with('running'), run_with('frozen')
   empty = empty_statistics(config.filters)
@@ -147,7 +157,7 @@ def test(
     lambda i: controls.shuffle_support_labels(held_out[i], 0),
   )
   found = {
-    name: evaluate.answer_episodes(how, params, source, len(held_out) * 10)
+    name: evaluate.answer_episodes(how, params, source, held_out.num)
     for name, (how, source) in judged.items()
   }
   error = found[first].calibration_error
@@ -159,7 +169,7 @@ def after_steps(
 ) -> dict[str, np.ndarray]:
   """Name -> accuracy of each episode, after each number of inner steps."""
   right = evaluate.answer_episodes(
-    by_step, params, held_out.__getitem__, len(held_out) * 10
+    by_step, params, held_out.__getitem__, held_out.num
   ).accuracies
   return {f'accuracy_{norm}_after_{k}': at for k, at in enumerate(right.T)}
 
@@ -192,7 +202,7 @@ def with_shots(
 
   return {
     f'accuracy_{norm}_{used}_shots': evaluate.evaluate_episodes(
-      predict, params, functools.partial(cut, used=used), len(most) * 10
+      predict, params, functools.partial(cut, used=used), most.num
     )
     for used in shots
   }

@@ -5,8 +5,9 @@
 Snell et al. 2017 (https://arxiv.org/abs/1703.05175, section 3.1): episodes of
 60 ways with as many shots as in testing and 5 queries, one per step, Adam
 1e-3 (they halve it every 2,000 episodes; here it is constant); 98.8 % at 5
-ways, 1 shot. Network, splits and testing are those of `task`, so the numbers
-are paired with `maml`'s: their network pools where this one has strides.
+ways, 1 shot. Network and splits are those of `task`: their network pools where
+this one has strides. Tested with five queries a class, as trained; numbers to
+be paired with `maml`'s need `--config.test_queries=1`.
 Measured: experiments/README.md.
 """
 

@@ -3,10 +3,10 @@
   python -m experiments.run --config=experiments/fewshot/omniglot/r2d2.py
 
 Everything is `protonet` but for the head, which begins with the authors' scale
-of ten (Bertinetto et al. 2019, https://arxiv.org/abs/1805.08136; Adam 5e-3 in
-their code). The ridge's strength is learned and counts against a sum over rows:
-with fewer ways in testing than in training it weighs more. Measured:
-experiments/README.md.
+of ten (Bertinetto et al. 2019, https://arxiv.org/abs/1805.08136; their code has
+Adam at 5e-3, here it is `task`'s 1e-3). The ridge's strength is learned and
+counts against a sum over rows: with fewer ways in testing than in training it
+weighs more. Measured: experiments/README.md.
 """
 
 import dataclasses

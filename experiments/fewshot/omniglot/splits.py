@@ -55,6 +55,11 @@ def split_characters(config: Any, alphabet: np.ndarray) -> list[np.ndarray]:
   """
   if config.split not in SPLITS:
     raise fmeta.UsageError(f'no split {config.split!r}; choose one of {SPLITS}')
+  if min(config.train_characters, config.validation_characters) < 1:
+    raise fmeta.UsageError(
+      f'{config.train_characters} characters to train and '
+      f'{config.validation_characters} to validate on; give at least 1 of each'
+    )
   groups = np.arange(len(alphabet))
   if config.split == 'alphabets':
     groups = alphabet

@@ -10,8 +10,7 @@ accuracies are reported: `measure`.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +18,8 @@ import optax
 
 import fmeta
 from experiments.common import Seeds, data_devices, fit_options, in_turn
-from experiments.fewshot.omniglot import measure, splits, weights
+from experiments.fewshot.omniglot import measure, splits, testing, weights
+from experiments.fewshot.omniglot.testing import Method
 from fmeta import episodes, evaluate, optim, train
 from fmeta.datasets import omniglot
 from fmeta.models import IMAGE, Conv4, computing_in, forward, init
@@ -84,35 +84,6 @@ SMALL = {
 }
 
 
-class Method(NamedTuple):
-  """What is trained, and how it answers.
-
-  Attributes:
-    learner: steps on meta-batches.
-    params: where it starts.
-    predict: for `evaluate_episodes`, by the statistics of the query batch.
-    predict_alone: the same by those of the support, see `measure.by_support`.
-    train_ways: classes per training task; 0: as in testing.
-    by_step: `predict` after 0 to `curve_steps` inner steps; None: has none.
-    train_shots: examples per class of a training task; 0: as in testing.
-    probabilities: whether a softmax of what `predict` gives is its answer.
-    per_step: `(params, training meta-batches) -> predict` by their statistics
-      after as many inner steps, see `measure.by_training`; None: has none.
-    source: wraps the training meta-batches, `(i -> batch) -> (i -> batch)`.
-  """
-
-  learner: fmeta.Learner
-  params: Any
-  predict: Callable
-  predict_alone: Callable
-  train_ways: int
-  by_step: Callable | None = None
-  train_shots: int = 0
-  probabilities: bool = True
-  per_step: Callable | None = None
-  source: Callable = lambda batches: batches
-
-
 def network(config: Task, num_classes: int | None) -> Conv4:
   """The model in training; None: without a head.
 
@@ -126,11 +97,14 @@ def network(config: Task, num_classes: int | None) -> Conv4:
   return Conv4(num_classes, config.filters, config.norm)
 
 
-def model(config: Task, num_classes: int | None) -> fmeta.Forward:
-  """`network` as a function, in the precision of the config."""
-  return computing_in(
-    forward(network(config, num_classes), IMAGE), config.precision
-  )
+def model(
+  config: Task,
+  num_classes: int | None,
+  model_of: measure.ModelOf = measure.same,
+) -> fmeta.Forward:
+  """`network` as a function, wrapped, in the precision of the config."""
+  plain = forward(network(config, num_classes), IMAGE)
+  return computing_in(model_of(plain), config.precision)
 
 
 def start(config: Task, num_classes: int | None) -> Any:
@@ -169,29 +143,41 @@ def meta_learner(
   )
 
 
-def run(config: Task, context: Context, method: Method) -> dict:
-  """Trains, then tests three ways; or tests what another run has trained."""
-  parts = splits.load(config, context)
+def run(
+  config: Task,
+  context: Context,
+  method: Method,
+  parts: dict[str, dict] | None = None,
+) -> dict:
+  """Trains, then tests; or tests what another run has trained.
+
+  Args:
+    config: the method's.
+    context: of the job.
+    method: what learns and answers.
+    parts: what `splits.load` gave, if the method had to look.
+  """
+  parts = splits.load(config, context) if parts is None else parts
   source = training_episodes(config, method, parts['train'])
+  lists = testing.lists_of(config, parts)  # now, to refuse what cannot be
+  data_sha256 = splits.sha256(parts)
+  facts = {'data_sha256': data_sha256, 'norm': config.norm}
   if config.weights:
-    params = weights.load(config.weights, method.params)
+    folder = context.workdir
+    params = weights.load(config.weights, method.params, folder, facts)
     cost = dict.fromkeys(COST) | {'steps': 0, 'examples_per_second': 0.0}
   else:
-    validation = held_out(config, parts['validation'], 'validation')
-    fitted = fit(config, context, method, source, validation)
+    fitted = fit(config, context, method, source, lists.validation)
     params, cost = fitted.params, {key: getattr(fitted, key) for key in COST}
-    weights.save(context.workdir, params)
-  data_sha256 = splits.sha256(parts)
-  tasks = [source(i) for i in range(config.statistics_batches)]
-  columns = parts['test']
-  answers, calibration = test(config, context, method, params, columns, tasks)
+    weights.save(context.workdir, params, facts)
+  found = testing.test(config, context, method, params, lists, source)
   tested = {
-    name: evaluate.summarize(right) for name, (right, _) in answers.items()
+    name: evaluate.summarize(right) for name, right in found.right.items()
   }
   return {
     'metrics': {
       **{name: summary.mean for name, summary in tested.items()},
-      **calibration,
+      **found.calibration,
       'episodes': config.test_episodes,
     },
     'ci95': {name: summary.ci95 for name, summary in tested.items()},
@@ -200,84 +186,10 @@ def run(config: Task, context: Context, method: Method) -> dict:
     'total_parameters': fmeta.tree.size(params),
     'data_sha256': data_sha256,
     'scores': {
-      name: Scores(
-        right,
-        f'{data_sha256}, {config.ways} ways, {shots} shots, '
-        f'{config.test_queries or config.shots} queries',
-      )
-      for name, (right, shots) in answers.items()
+      name: Scores(right, f'{data_sha256}, {found.lists[name]}')
+      for name, right in found.right.items()
     },
   }
-
-
-def held_out(
-  config: Task, columns: dict, split: str, shots: int = 0, num: int = 0
-) -> episodes.EpisodeList:
-  """A fixed list of episodes: as many as the split has, or `num`."""
-  return episodes.evaluation_episodes(
-    columns,
-    config.ways,
-    shots or config.shots,
-    config.test_queries or config.shots,
-    0,
-    num or getattr(config, f'{split}_episodes'),
-    tasks=10,
-  )
-
-
-def test(
-  config: Task,
-  context: Context,
-  method: Method,
-  params: Any,
-  columns: dict,
-  tasks: list[episodes.Episode],
-) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
-  """Tests, prints and draws.
-
-  Args:
-    config: the task's.
-    context: of the job.
-    method: what answers.
-    params: trained.
-    columns: of the test split.
-    tasks: training meta-batches for `Method.per_step`.
-
-  Returns:
-    Name -> (accuracy of each episode, shots of its list); the calibration
-    error, if there is any.
-  """
-  norm, unseen = config.norm, held_out(config, columns, 'test')
-  found, error = measure.test(
-    method.predict, method.predict_alone, params, unseen, norm
-  )
-  if method.per_step and tasks and norm != 'group':
-    found['accuracy_per_step_statistics'] = evaluate.evaluate_episodes(
-      method.per_step(params, tasks),
-      params,
-      unseen.__getitem__,
-      config.test_episodes,
-    )
-  measure.report({k: evaluate.summarize(v) for k, v in found.items()})
-  calibration = {'calibration_error': error} if method.probabilities else {}
-  if calibration:
-    print(f'calibration error ({norm}): {100 * error:.2f} %')
-  if method.by_step:
-    by_step = measure.after_steps(method.by_step, params, unseen, norm)
-    places = range(config.curve_steps + 1)
-    path = context.workdir / 'steps.png'
-    measure.draw_curve(by_step, places, norm, 'inner steps', path)
-    found |= by_step
-  answers = {name: (right, f'{config.shots}') for name, right in found.items()}
-  if config.curve_shots:
-    places = sorted(config.curve_shots)
-    most = held_out(config, columns, 'test', places[-1], config.curve_episodes)
-    by_shots = measure.with_shots(method.predict, params, most, places, norm)
-    path = context.workdir / 'shots.png'
-    measure.draw_curve(by_shots, places, norm, 'shots', path)
-    shots = f'up to {places[-1]}'
-    answers |= {name: (right, shots) for name, right in by_shots.items()}
-  return answers, calibration
 
 
 def training_episodes(
