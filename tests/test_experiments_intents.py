@@ -167,6 +167,8 @@ def test_one_step_of_a_zero_head_and_an_untrained_protonet_are_nearest_mean(
     ({'folds': (6,)}, 'banking77: no fold 6; the folds are 1 to 5'),
     ({'folds': (2,)}, 'banking77: episodic/02 is not in '),
     ({'iterations': 100}, '100 iterations have no 3 equal parts'),
+    ({'reptile_batch': 7}, 'batches of 7 texts do not hold 5 intents evenly'),
+    ({'control_episodes': 5}, '5 control episodes of 600; give a multiple of'),
   ],
 )
 def test_bad_settings_are_refused_in_one_line(

@@ -76,6 +76,8 @@ class Settings:
   # Factors start at nothing and have farther to go.
   lora_outer_lr: float = 1e-3
   reptile_lr: float = 0.3
+  # Texts per inner step of Reptile's training, a multiple of the ways; 0: all.
+  reptile_batch: int = 0
   # ProtoNet's scale of cosines, see `fewshot.cosine_prototypes`.
   scale: float = 10.0
   protonet_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
@@ -119,6 +121,11 @@ def check_settings(config: Any) -> None:
     raise fmeta.UsageError(
       f'{config.iterations} iterations have no {config.checkpoints} equal '
       'parts; give a multiple'
+    )
+  if config.reptile_batch < 0 or config.reptile_batch % config.ways:
+    raise fmeta.UsageError(
+      f'batches of {config.reptile_batch} texts do not hold {config.ways} '
+      'intents evenly; give a multiple of the ways, or 0 for all texts'
     )
   possible = 'ProtoNet', *INNER
   for name in config.methods:
@@ -173,10 +180,10 @@ class Methods:
     optimizer = optim.adamw(optim.warmup_linear(rate, config.iterations))
     loss = family.loss()
     if name == 'Reptile':
-      # One text of each class a step: what Reptile learns is in the difference
-      # between steps on different texts.
       loss = fmeta.reptile_loss(
-        family.inner(), config.inner_steps, batch_size=config.ways
+        family.inner(),
+        config.inner_steps,
+        batch_size=config.reptile_batch or None,
       )
       optimizer = optim.sgd(config.reptile_lr)
     moving = tree.names(family.moving(family.start(0)['model']))
