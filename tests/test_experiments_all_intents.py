@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_experiments_intents import execute
 
-from experiments import run as job
 from experiments.fewshot import all_intents, intent_methods, text_task
 from fmeta import baselines
 from fmeta.datasets import banking77, clinc150
@@ -54,16 +54,6 @@ def bench(tmp_path, tiny_bert, folder):
   )
   context = Context(tmp_path, data_dir=str(folder))
   return all_intents.Bench(config, context, all_intents.load(config, context))
-
-
-def execute(workdir, folder, **settings):
-  argv = ['run', f'--config={all_intents.__file__}', f'--workdir={workdir}']
-  argv.append(f'--data_dir={folder}')
-  for name, value in settings.items():
-    if isinstance(value, tuple):
-      value = ','.join(map(str, value))
-    argv.append(f'--config.{name}={value}')
-  return job.main(argv)
 
 
 def rows_of(bench, part):
@@ -144,7 +134,7 @@ def test_a_head_step_on_all_intents_is_that_of_an_episode(bench):
 
 def test_rows_are_scored_text_by_text(tmp_path, tiny_bert, folder):
   small = {**all_intents.SMALL, 'model': tiny_bert}
-  assert execute(tmp_path / 'run', folder, **small) == 0
+  assert execute(all_intents, tmp_path / 'run', folder, **small) == 0
   result = json.loads((tmp_path / 'run' / 'result.json').read_text())
   numbers = result['metrics']
   trials = tmp_path / 'run' / 'trials' / 'banking77_all_5shot'
@@ -197,6 +187,6 @@ def test_nearest_mean_is_that_of_the_whole_file(bench):
 def test_bad_settings_are_refused_in_one_line(
   settings, words, tmp_path, folder, capsys
 ):
-  assert execute(tmp_path / 'run', folder, **settings) == 2
+  assert execute(all_intents, tmp_path / 'run', folder, **settings) == 2
   message = capsys.readouterr().err
   assert words in message and message.count('\n') == 1

@@ -175,7 +175,9 @@ def test_lpft_theory_is_plain_gradient_descent_and_has_its_order(tmp_path):
   out = {name: run['errors'] for name, run in found.items()}
   for name, phases in schedules.items():
     for side, value in descend(problem, config, phases).items():
-      np.testing.assert_allclose(out[name][side], value, rtol=1e-3, atol=1e-9)
+      np.testing.assert_allclose(  # 300 float32 steps, sums in another order
+        out[name][side], value, rtol=1e-5, atol=1e-9
+      )
   assert out['FT']['ID'] < out['LP-FT']['ID'] < out['LP']['ID']
   assert out['LP-FT']['OOD'] < out['LP']['OOD'] < out['FT']['OOD']
 

@@ -45,8 +45,8 @@ def bench(tmp_path, tiny_bert, folder):
   return text_task.Bench(config, context, texts, folds[1])
 
 
-def execute(workdir, folder, **settings):
-  argv = ['run', f'--config={intents.__file__}', f'--workdir={workdir}']
+def execute(experiment, workdir, folder, **settings):
+  argv = ['run', f'--config={experiment.__file__}', f'--workdir={workdir}']
   argv.append(f'--data_dir={folder}')
   for name, value in settings.items():
     if isinstance(value, tuple):
@@ -57,7 +57,7 @@ def execute(workdir, folder, **settings):
 
 def test_rows_share_episodes_grids_and_controls(tmp_path, tiny_bert, folder):
   small = {**intents.SMALL, 'model': tiny_bert}
-  assert execute(tmp_path / 'run', folder, **small) == 0
+  assert execute(intents, tmp_path / 'run', folder, **small) == 0
   result = json.loads((tmp_path / 'run' / 'result.json').read_text())
   numbers, ci95 = result['metrics'], result['ci95']
   assert numbers['banking77_1shot/tests'] == 20
@@ -174,7 +174,7 @@ def test_one_step_of_a_zero_head_and_an_untrained_protonet_are_nearest_mean(
 def test_bad_settings_are_refused_in_one_line(
   settings, words, tmp_path, folder, capsys
 ):
-  assert execute(tmp_path / 'run', folder, **settings) == 2
+  assert execute(intents, tmp_path / 'run', folder, **settings) == 2
   message = capsys.readouterr().err
   assert words in message and message.count('\n') == 1
 

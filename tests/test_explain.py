@@ -181,7 +181,8 @@ def test_tokens_add_up_to_the_logit_minus_that_of_padding(bert):
   run = jax.jit(lambda b: forward(params, {}, b, None)[0][0, 2])
   difference = float(run(batch)) - float(run(padded))
   np.testing.assert_allclose(found.total, difference, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(found.values.sum(), difference, rtol=1e-2)
+  # Forty nodes leave this much of the integral, see `found.error`.
+  np.testing.assert_allclose(found.values.sum(), difference, rtol=1e-4)
   assert found.error < 1e-2
   with pytest.raises(UsageError, match='2 marks for 6 tokens'):
     explain.tokens(forward, params, batch, 2, fixed=[True, False])

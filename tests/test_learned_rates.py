@@ -101,7 +101,10 @@ def test_the_outer_loop_moves_rates_and_no_weight():
   assert_same(PARAMS, after['model'], 'model')
   # Adam's first step is the rate in the direction of the sign.
   np.testing.assert_allclose(
-    np.abs(after['hyper'] - params['hyper']), 0.1, rtol=1e-3
+    # float32: 0.1 is the difference of logarithms of some units
+    np.abs(after['hyper'] - params['hyper']),
+    0.1,
+    rtol=1e-4,
   )
 
 

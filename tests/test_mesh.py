@@ -305,5 +305,6 @@ def test_a_sigterm_to_one_process_stops_both_and_both_resume(tmp_path):
     found = dict(found)
   alone = preempt_worker.fit(None)
   losses = [record['loss'] for record in alone.history]
+  # A run of float32 steps, sums in another order on two processes.
   np.testing.assert_allclose(found.pop('losses'), losses, rtol=1e-3)
   assert_near(found, worker.flat(alone.params), 1e-3)

@@ -214,7 +214,11 @@ def test_a_fresh_prefix_is_made_of_projected_vectors():
 
   # Keys and values come from the same vectors.
   np.testing.assert_allclose(
-    vectors('key'), vectors('value'), rtol=1e-3, atol=1e-3
+    # float32 leaves, solved for through their kernels
+    vectors('key'),
+    vectors('value'),
+    rtol=1e-4,
+    atol=1e-4,
   )
 
 

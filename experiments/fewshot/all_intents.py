@@ -33,6 +33,7 @@ import fmeta
 from experiments.fewshot import intent_table, text_table, text_task
 from experiments.fewshot.intent_methods import (
   DATASETS,
+  SMALL_ROWS,
   Methods,
   Settings,
   check_settings,
@@ -68,16 +69,7 @@ class Config(Settings):
 
 
 SMALL = {
-  'max_length': 16,
-  'iterations': 2,
-  'meta_batch': 2,
-  'inner_steps': 1,
-  'rank': 2,
-  'rate_factors': (0.3,),
-  'test_steps': (1, 2),
-  'protonet_rates': (1e-3,),
-  'checkpoints': 2,
-  'steps_per_dispatch': 1,
+  **SMALL_ROWS,
   'validation_folds': 1,
   'methods': ('linear probe', 'ProtoNet', 'LoRA-MAML'),
 }

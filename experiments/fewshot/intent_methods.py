@@ -20,6 +20,19 @@ from fmeta.pretrained import MINILM
 
 DATASETS = {'banking77': banking77, 'clinc150': clinc150}
 
+# What small settings of these experiments share.
+SMALL_ROWS = {
+  'max_length': 16,
+  'iterations': 2,
+  'meta_batch': 2,
+  'inner_steps': 1,
+  'rank': 2,
+  'rate_factors': (0.3,),
+  'test_steps': (1, 2),
+  'protonet_rates': (1e-3,),
+  'checkpoints': 2,
+  'steps_per_dispatch': 1,
+}
 METHODS = (
   'fine-tuning',
   'LN-tuning',

@@ -44,6 +44,7 @@ from experiments.fewshot import intent_table, text_table, text_task
 from experiments.fewshot.intent_methods import (
   DATASETS,
   METHODS,
+  SMALL_ROWS,
   Methods,
   Settings,
   check_settings,
@@ -69,16 +70,7 @@ class Config(Settings):
 
 SMALL = {
   'methods': ('ProtoNet', 'LoRA-MAML'),
-  'max_length': 16,
-  'iterations': 2,
-  'meta_batch': 2,
-  'inner_steps': 1,
-  'rank': 2,
-  'rate_factors': (0.3,),
-  'test_steps': (1, 2),
-  'protonet_rates': (1e-3,),
-  'checkpoints': 2,
-  'steps_per_dispatch': 1,
+  **SMALL_ROWS,
   'validation_episodes': 10,
   'test_episodes': 20,
   'control_episodes': 10,

@@ -5,7 +5,7 @@ Statistics of the query batch tell which queries belong together
 Baseline++ were with running averages of training). They depend on how many
 queries there are of each class: MAML trained for 600 iterations with one query
 a class had 90.9 % of validation queries right when tested with one, and 86.6 %
-with five (measured 2026-11-26). `by_support` judges each query alone,
+with five (2026-11-26, see BUILD.md). `by_support` judges each query alone,
 normalised by the support set's statistics, `by_training` by those that
 training tasks have after as many inner steps ("per_step"). Group norm sees one
 image at a time, so it has one number. With shuffled support labels every
