@@ -243,6 +243,14 @@ def test_omniglot_labels_are_global(toy_omniglot):
   assert 0 <= background['image'].min() < background['image'].max() <= 1
 
 
+def test_a_folder_that_is_not_there_is_refused_whatever_is_cached(toy_omniglot):
+  omniglot.load(toy_omniglot, cache_dir=toy_omniglot / 'cache')
+  with pytest.raises(
+    UsageError, match="nowhere' is no folder; give the folder"
+  ):
+    omniglot.load(toy_omniglot / 'nowhere', cache_dir=toy_omniglot / 'cache')
+
+
 def test_altered_or_cut_omniglot_is_refused(toy_omniglot):
   path = toy_omniglot / 'images_evaluation.zip'
   whole = path.read_bytes()

@@ -75,6 +75,9 @@ class Dataset(tfds.core.GeneratorBasedBuilder):
   ):
     data_dir = data_dir or os.environ.get('FMETA_DATA_DIR')
     self._raw_dir = pathlib.Path(data_dir).expanduser() if data_dir else None
+    # Also when records of an earlier load would do: it is not what was asked.
+    for name in self.RAW:
+      find(self._raw_dir, self.name, name)
     super().__init__(data_dir=cache_folder(cache_dir))
 
   def rows(
