@@ -239,7 +239,13 @@ def rehearse(
   def gradient(state, batch, rng):
     return learner.gradient(state, mixed(state, batch, rng), rng)
 
-  return learner._replace(init=init, step=step, gradient=gradient)
+  def end_task(state, forward, batches, rng):
+    state = learner.end_task(state, forward, batches, rng)
+    return state.replace(memory=memory.end_task(state.memory))
+
+  return learner._replace(
+    init=init, step=step, gradient=gradient, end_task=end_task
+  )
 
 
 def adapt(

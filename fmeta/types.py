@@ -114,11 +114,14 @@ class Memory(NamedTuple):
       not inserted.
     sample: `(memory, size, rng) -> (rows, valid)`; `valid` is 0 where the
       memory is still empty.
+    end_task: `memory -> memory`, at a task's end; nothing by default, and a
+      task-free memory leaves it so.
   """
 
   init: Callable[[], Any]
   insert: Callable[[Any, Batch, Array, Array], Any]
   sample: Callable[[Any, int, Array], tuple[Batch, Array]]
+  end_task: Callable[[Any], Any] = lambda memory: memory
 
 
 class TrainState(flax.struct.PyTreeNode):

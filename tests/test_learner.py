@@ -220,3 +220,19 @@ def test_a_memory_without_a_key_of_the_batch_is_refused():
   learner = rehearse(finetune(LOSS, OPTIMIZERS['sgd']), held, 2)
   with pytest.raises(UsageError, match="memory does not hold 'label'"):
     jax.eval_shape(learner.step, learner.init(PARAMS, KEY), BATCH, KEY)
+
+
+def test_a_tasks_end_reaches_penalty_and_memory():
+  held = memory.reservoir(4, ROW)._replace(
+    end_task=lambda filled: {**filled, 'seen': filled['seen'] + 100}
+  )
+  plain = finetune(LOSS, OPTIMIZERS['sgd'])
+  plain = plain._replace(
+    end_task=lambda state, *args: state.replace(penalty_state={'told': args})
+  )
+  learner = rehearse(plain, held, 2)
+  state = learner.init(PARAMS, KEY)
+  told = ('forward', ['batch'], KEY)
+  ended = learner.end_task(state, *told)
+  assert ended.penalty_state == {'told': told}
+  assert ended.memory['seen'] == 100

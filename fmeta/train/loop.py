@@ -250,7 +250,7 @@ class Loop:
       self._return(self.kept)
       self.kept = None
     state = self._state()
-    if stage.remember:
+    if stage.remember or stage.ends_task:
       rng = jax.random.fold_in(self.rng, self.progress.step)
       rng = jax.random.fold_in(rng, END_TASK)
       state = self.learner.end_task(
@@ -258,7 +258,9 @@ class Loop:
       )
       # What it remembers may be the very leaves that move on.
       self.moving = dataclasses.replace(
-        self.moving, penalty_state=own(state.penalty_state)
+        self.moving,
+        penalty_state=own(state.penalty_state),
+        memory=own(state.memory),
       )
       state = self._state()
     if self.settings.after_stage is not None:

@@ -19,6 +19,8 @@ class Stage(NamedTuple):
     num_steps: at least 1.
     remember: what `learner.end_task` consolidates on; nothing: no
       consolidation.
+    ends_task: whether `learner.end_task` is called although there is nothing
+      to remember: a memory with a place per task moves on to the next.
     learner: takes this stage's steps; that of `fit` by default. Where it
       changes, `fmeta.retune` takes the state over.
   """
@@ -28,6 +30,7 @@ class Stage(NamedTuple):
   num_steps: int
   remember: Sequence[Batch] = ()
   learner: Learner | None = None
+  ends_task: bool = False
 
 
 class Phased:

@@ -1,4 +1,4 @@
-"""What the data remember: a fixed-size pytree inside the train state."""
+"""Reservoir sampling: every row seen is held with equal probability."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Diagonal Fisher information of a classifier, by its name.
+"""Diagonal Fisher information, one example at a time, for any model.
 
 With per-example gradients g(x, y) = grad log p(y | x) of the leaves that
 move, all three are means over the examples, so neither the batch size nor

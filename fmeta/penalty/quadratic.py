@@ -1,4 +1,4 @@
-"""What the parameters remember: quadratic penalties.
+"""Quadratic penalties: decay towards a start, elastic weights.
 
 A penalty lives on the merged values of the leaves that move, so LoRA factors
 (A, B) and (2A, B/2), which are the same weights, are penalised alike.
