@@ -1,0 +1,1 @@
+"""Split and permuted MNIST: one protocol, a row per method."""

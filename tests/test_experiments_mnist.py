@@ -1,0 +1,146 @@
+"""Streams of MNIST, small, on images made here."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import run as job
+from experiments.continual.mnist import permuted, protocol, rows, split, table
+from fmeta import models
+from fmeta.datasets import mnist
+
+
+def columns(size, seed):
+  rng = np.random.default_rng(seed)
+  label = np.arange(size, dtype=np.int32) % 10
+  image = rng.integers(0, 256, (size, 28, 28, 1)).astype(np.float32) / 255
+  return {'image': image, 'label': label}
+
+
+SPLITS = {'train': columns(400, 0), 'test': columns(200, 1)}
+BYTES = {name: protocol.as_bytes(part) for name, part in SPLITS.items()}
+
+
+@pytest.fixture(autouse=True)
+def images(monkeypatch):
+  monkeypatch.setattr(mnist, 'load', lambda data_dir: SPLITS)
+
+
+def execute(module, workdir, **settings):
+  argv = ['run', f'--config={module.__file__}', f'--workdir={workdir}']
+  for name, value in {**module.SMALL, **settings}.items():
+    value = ','.join(map(str, value)) if isinstance(value, tuple) else value
+    argv.append(f'--config.{name}={value}')
+  assert job.main(argv) == 0
+  return json.loads((workdir / 'result.json').read_text())
+
+
+@pytest.mark.parametrize('scenario', protocol.SCENARIOS)
+def test_split_mnist_gives_a_table_and_a_picture(tmp_path, scenario, capsys):
+  result = execute(split, tmp_path / 'run', scenario=scenario)
+  assert all(math.isfinite(value) for value in result['metrics'].values())
+  assert {'none', 'ewc', 'er'} <= set(result['metrics'])
+  assert result['steps'] == 5 * split.SMALL['iterations']
+  assert (tmp_path / 'run/split_mnist.png').read_bytes()[1:4] == b'PNG'
+  trained = json.loads(
+    (tmp_path / f'run/trials/{scenario}/er/seed_1.json').read_text()
+  )
+  assert [len(row) for row in trained['matrix']] == [1, 2, 3, 4, 5]
+  assert trained['memory_bytes'] >= 20 * 28 * 28
+  assert 'EWC' in capsys.readouterr().out
+
+
+def test_permuted_mnist_gives_a_table(tmp_path):
+  result = execute(permuted, tmp_path / 'run', methods=('none', 'joint'))
+  assert result['steps'] == 3 * permuted.SMALL['iterations']
+  assert 'joint' in result['metrics'] and 'none' in result['ci95']
+
+
+def test_a_strength_is_chosen_on_validation_images(tmp_path, capsys):
+  small = dict(rows.ROWS)
+  small['ewc'] = rows.ROWS['ewc']._replace(grid=(1.0, 10.0))
+  rows.ROWS.update(small)
+  execute(split, tmp_path / 'run', methods=('ewc',), seeds=1, strengths=())
+  tried = sorted((tmp_path / 'run/trials/domain/ewc').glob('strength_*'))
+  assert [path.stem for path in tried] == ['strength_1', 'strength_10']
+  assert 'an edge of the grid' in capsys.readouterr().out
+
+
+def test_images_as_bytes_give_the_same_logits():
+  bench = protocol.Bench(protocol.split_tasks(BYTES, 'class'), 'class', (8,))
+  plain = models.forward(bench.module, models.IMAGE)
+  params, _ = models.init(
+    bench.module, jax.random.key(0), BYTES['train'], models.IMAGE
+  )
+  of_bytes, _ = bench.forward(params, {}, BYTES['test'], None)
+  of_floats, _ = plain(params, {}, SPLITS['test'], None)
+  np.testing.assert_allclose(of_bytes, of_floats, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_says_what_may_be_answered_and_no_more():
+  tasks = protocol.split_tasks(BYTES, 'class')
+  by_class = protocol.Bench(tasks, 'class', (8,))
+  batch = by_class.batches([1], 8, 0)(3)
+  assert sorted(batch) == ['allowed', 'row']
+  np.testing.assert_array_equal(
+    batch['allowed'], np.tile(np.arange(10) < 4, (8, 1))
+  )
+  labels = by_class.columns['label'][batch['row']]
+  assert set(labels) <= {2, 3}
+  domain = protocol.Bench(protocol.split_tasks(BYTES, 'domain'), 'domain', (8,))
+  assert sorted(domain.batches([1], 8, 0)(3)) == ['row']
+  assert set(domain.columns['label']) == {0, 1}
+  known = protocol.Bench(protocol.split_tasks(BYTES, 'task'), 'task', (8,))
+  row = known.batches([1], 8, 0)(3)['row']
+  np.testing.assert_array_equal(
+    np.flatnonzero(known.columns['allowed'][row].all(0)), [2, 3]
+  )
+
+
+def test_replayed_rows_get_the_mask_of_today():
+  mask = np.array([[True, True, True, False]] * 2)
+  batch = {'label': jnp.array([2, 2]), 'allowed': jnp.asarray(mask)}
+  held = {'label': jnp.array([0, 1, 0])}
+  mixed = protocol.now_allowed(batch, held, jnp.ones(3))
+  np.testing.assert_array_equal(mixed['allowed'], np.tile(mask[:1], (5, 1)))
+  np.testing.assert_array_equal(mixed['label'], [2, 2, 0, 1, 0])
+
+
+def test_permuted_tasks_keep_pixels_and_give_each_task_its_head():
+  made = protocol.permuted_tasks(BYTES, 'task', 3, 0)
+  first, second = made.train[0].columns, made.train[1].columns
+  assert (first['image'] != second['image']).any()
+  np.testing.assert_array_equal(
+    np.sort(first['image'].reshape(400, -1)),
+    np.sort(second['image'].reshape(400, -1)),
+  )
+  np.testing.assert_array_equal(second['label'], first['label'] + 10)
+  assert made.allowed.shape == (3, 30)
+  assert (made.allowed.sum(0) == 1).all() and made.allowed[2, 25]
+
+
+def test_the_error_shown_is_the_standard_error_over_seeds():
+  runs = [{'matrix': [[0.5], [0.8, 0.6]]}, {'matrix': [[0.5], [0.9, 0.9]]}]
+  mean, error = table.standard_error(runs)
+  assert mean == pytest.approx(0.8)
+  assert error == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'said'),
+  [
+    ('--config.scenario=clas', "no scenario 'clas'"),
+    ('--config.methods=none,ewk', "no method 'ewk'"),
+    ('--config.strengths=ewc:x', "strength 'ewc:x'"),
+    ('--config.strengths=ewk:3', "no method 'ewk'"),
+  ],
+)
+def test_misuse_is_one_line(tmp_path, capsys, flag, said):
+  argv = ['run', f'--config={split.__file__}', f'--workdir={tmp_path / "run"}']
+  assert job.main([*argv, flag]) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and said in error
