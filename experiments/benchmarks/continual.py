@@ -1,0 +1,207 @@
+"""Steps of a continual stream against Avalanche and a plain torch loop.
+
+  ./launch/peers.sh    # once: installs the peers
+  ./launch/local.sh --config=experiments/benchmarks/continual.py
+
+An MLP of split MNIST's size (784-400-400-10, batches of 128, Adam 1e-3) in
+its second task, rows: naive; EWC, one importance and one anchor remembered;
+ER, as many rows from a memory of 500 as new ones. A timing is one call of
+each side over the same number of steps: fmeta dispatches
+`steps_per_dispatch` at a time over data on the device, the plain loop slices
+tensors that lie in memory, Avalanche runs `strategy.train` for one epoch
+without an evaluator and without the work at a task's end. All sides have all
+cores and the allocator of `launch/local.sh`.
+
+One JSON line per row and peer: ratio > 1 means that fmeta is faster. What
+the sides compute is compared in tests/test_benchmarks_continual.py. Expected
+and measured: experiments/README.md.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+import fmeta
+from experiments.benchmarks.fewshot import cores
+from experiments.benchmarks.paired import Contender, compare
+from fmeta import data, models, optim, train
+from fmeta.models import Mlp
+from fmeta.train.dispatch import own
+from fmeta.workdir import Context
+
+ROWS = 'naive', 'ewc', 'er'
+PEERS = 'torch', 'avalanche'
+
+
+@dataclasses.dataclass
+class Config:
+  """Shapes and lengths of the timings."""
+
+  rows: tuple[str, ...] = ROWS
+  peers: tuple[str, ...] = PEERS
+  pairs: int = 10
+  steps: int = 400  # of a timing
+  steps_per_dispatch: int = 200
+  features: int = 784
+  sizes: tuple[int, ...] = (400, 400)
+  classes: int = 10
+  batch_size: int = 128
+  memory_size: int = 500
+  rate: float = 1e-3
+  strength: float = 100.0
+
+
+SMALL = {
+  'peers': ('torch',),
+  'pairs': 2,
+  'steps': 4,
+  'steps_per_dispatch': 2,
+  'features': 6,
+  'sizes': (5,),
+  'classes': 3,
+  'batch_size': 4,
+  'memory_size': 8,
+}
+
+
+def examples(config: Config, seed: int) -> dict[str, np.ndarray]:
+  """One epoch of `steps` batches."""
+  rng = np.random.default_rng(seed)
+  size = config.steps * config.batch_size
+  return {
+    'x': rng.random((size, config.features), np.float32),
+    'label': rng.integers(0, config.classes, size).astype(np.int32),
+  }
+
+
+def network(config: Config) -> tuple[Mlp, Any]:
+  """The module and its first parameters."""
+  module = Mlp(config.sizes, config.classes)
+  batch = {'x': np.zeros((1, config.features), np.float32)}
+  return module, models.init(module, jax.random.key(0), batch, ('x',))[0]
+
+
+class Side:
+  """Steps of fmeta.
+
+  Attributes:
+    program: what `fit` dispatches; it counts its traces.
+    moving: the state without what is frozen.
+  """
+
+  def __init__(self, row: str, config: Config):
+    module, params = network(config)
+    forward = models.forward(module, ('x',))
+    columns = examples(config, 0)
+    learner = _learner(row, config, forward, columns)
+    self.config, self.rng = config, jax.random.key(1)
+    state = learner.init(params, self.rng)
+    if row == 'ewc':
+      first = data.take(columns, slice(config.batch_size))
+      state = learner.end_task(state, forward, [first], self.rng)
+    self.program = train.Resident(learner, columns)
+    self._frozen = state.frozen
+    self.moving = own(state.replace(frozen={}))
+    self._order = data.batches(
+      {'row': np.arange(len(columns['label']))}, config.batch_size, 0
+    )
+
+  def __call__(self, steps: int) -> None:
+    """Takes at least so many steps, in whole dispatches, and waits."""
+    length, metrics = min(steps, self.config.steps_per_dispatch), None
+    for start in range(0, steps, length):
+      rows = [self._order(start + k)['row'] for k in range(length)]
+      self.moving, metrics = self.program(
+        self.moving, self._frozen, {'row': np.stack(rows)}, self.rng
+      )
+    jax.block_until_ready((self.moving, metrics))
+
+
+def _learner(
+  row: str, config: Config, forward: fmeta.Forward, columns: data.Columns
+) -> fmeta.Learner:
+  loss = fmeta.supervised(forward, fmeta.softmax_cross_entropy)
+  remembers = fmeta.ewc(config.strength) if row == 'ewc' else None
+  made = fmeta.finetune(loss, optim.adam(config.rate), penalty=remembers)
+  if row != 'er':
+    return made
+  spec = {key: value[0] for key, value in columns.items()}
+  memory = fmeta.reservoir(config.memory_size, spec)
+  return fmeta.rehearse(made, memory, config.batch_size)
+
+
+def make_fmeta(row: str, config: Config) -> Side:
+  """Ours, in a process of its own."""
+  return Side(row, config)
+
+
+def make_torch(row: str, config: Config, peer: str, params: Any) -> Any:
+  """A peer, in a process of its own that computes nothing in JAX."""
+  import torch
+
+  from experiments.benchmarks import continual_in_torch as peers
+
+  torch.set_num_threads(cores())
+  return peers.PEERS[peer](row, config, params, examples(config, 0))
+
+
+def check(config: Config) -> None:
+  """Raises `UsageError` for what does not exist or is not installed."""
+  for names, possible in ((config.rows, ROWS), (config.peers, PEERS)):
+    for name in names:
+      if name not in possible:
+        raise fmeta.UsageError(f'no {name!r}; possible: {", ".join(possible)}')
+  missing = [
+    name
+    for name in ('torch', *config.peers)
+    if importlib.util.find_spec(name) is None
+  ]
+  if missing:
+    raise fmeta.UsageError(
+      f'not installed: {", ".join(missing)}; run ./launch/peers.sh once, or '
+      'name the peers to measure with --config.peers='
+    )
+  if config.steps % config.steps_per_dispatch:
+    raise fmeta.UsageError(
+      f'{config.steps} steps are no whole number of dispatches of '
+      f'{config.steps_per_dispatch}; change --config.steps'
+    )
+
+
+def measure(row: str, config: Config) -> list[dict]:
+  """The lines of a row: ours and each peer in turn."""
+  params = jax.tree.map(np.asarray, network(config)[1])
+  ours, lines = Contender('fmeta', make_fmeta, row=row, config=config), []
+  for peer in config.peers:
+    other = Contender(
+      peer, make_torch, row=row, config=config, peer=peer, params=params
+    )
+    ratio = compare(ours, other, config.pairs, config.steps)
+    other.close()
+    lines.append(
+      {
+        'row': row,
+        'peer': peer,
+        'ratio': round(ratio.median, 3),
+        'ci95': [round(ratio.low, 3), round(ratio.high, 3)],
+        'pairs': ratio.pairs,
+        'steps_per_second': [round(1 / s, 1) for s in ratio.seconds],
+      }
+    )
+    print(json.dumps(lines[-1]), flush=True)
+  ours.close()
+  return lines
+
+
+def run(config: Config, context: Context) -> dict:
+  """Prints a JSON line per row and peer."""
+  check(config)
+  lines = [line for row in config.rows for line in measure(row, config)]
+  return {
+    'metrics': {f'{x["row"]} / {x["peer"]}': x['ratio'] for x in lines},
+    'ci95': {f'{x["row"]} / {x["peer"]}': x['ci95'] for x in lines},
+  }
