@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Sets up .venv with the peers of experiments/benchmarks/fewshot.py, once.
+# Sets up .venv with the peers of experiments/benchmarks/fewshot.py and of
+# continual.py, once.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 set_up requirements-test requirements-oracles requirements-peers
+
+# Avalanche asks for another build of torch and for solvers it is not used
+# with here: what it imports is listed by hand.
+lock=$root/launch/requirements-avalanche.lock
+install_once "$lock" --no-deps -r "$lock"
 
 # What pip cannot build for this Python any more is only unpacked: of
 # learn2learn the benchmark imports one module, which is plain Python.
