@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import run as job
-from experiments.continual.mnist import permuted, protocol, rows, split, table
+from experiments.continual import bench as benches
+from experiments.continual import rows, table
+from experiments.continual.mnist import permuted, protocol, split
 from fmeta import models
 from fmeta.datasets import mnist
 
@@ -23,6 +25,11 @@ def columns(size, seed):
 
 SPLITS = {'train': columns(400, 0), 'test': columns(200, 1)}
 BYTES = {name: protocol.as_bytes(part) for name, part in SPLITS.items()}
+
+
+def bench_of(scenario):
+  tasks_of = lambda splits: protocol.split_tasks(splits, scenario)
+  return protocol.bench_of(tasks_of, scenario, (8,))(BYTES)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +46,7 @@ def execute(module, workdir, **settings):
   return json.loads((workdir / 'result.json').read_text())
 
 
-@pytest.mark.parametrize('scenario', protocol.SCENARIOS)
+@pytest.mark.parametrize('scenario', benches.SCENARIOS)
 def test_split_mnist_gives_a_table_and_a_picture(tmp_path, scenario, capsys):
   result = execute(split, tmp_path / 'run', scenario=scenario)
   assert all(math.isfinite(value) for value in result['metrics'].values())
@@ -71,19 +78,16 @@ def test_a_strength_is_chosen_on_validation_images(tmp_path, capsys):
 
 
 def test_images_as_bytes_give_the_same_logits():
-  bench = protocol.Bench(protocol.split_tasks(BYTES, 'class'), 'class', (8,))
-  plain = models.forward(bench.module, models.IMAGE)
-  params, _ = models.init(
-    bench.module, jax.random.key(0), BYTES['train'], models.IMAGE
-  )
+  bench = bench_of('class')
+  plain = models.forward(models.Mlp((8,), 10), models.IMAGE)
+  params = bench.start(jax.random.key(0))
   of_bytes, _ = bench.forward(params, {}, BYTES['test'], None)
   of_floats, _ = plain(params, {}, SPLITS['test'], None)
   np.testing.assert_allclose(of_bytes, of_floats, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_says_what_may_be_answered_and_no_more():
-  tasks = protocol.split_tasks(BYTES, 'class')
-  by_class = protocol.Bench(tasks, 'class', (8,))
+  by_class = bench_of('class')
   batch = by_class.batches([1], 8, 0)(3)
   assert sorted(batch) == ['allowed', 'row']
   np.testing.assert_array_equal(
@@ -91,10 +95,10 @@ def test_a_batch_says_what_may_be_answered_and_no_more():
   )
   labels = by_class.columns['label'][batch['row']]
   assert set(labels) <= {2, 3}
-  domain = protocol.Bench(protocol.split_tasks(BYTES, 'domain'), 'domain', (8,))
+  domain = bench_of('domain')
   assert sorted(domain.batches([1], 8, 0)(3)) == ['row']
   assert set(domain.columns['label']) == {0, 1}
-  known = protocol.Bench(protocol.split_tasks(BYTES, 'task'), 'task', (8,))
+  known = bench_of('task')
   row = known.batches([1], 8, 0)(3)['row']
   np.testing.assert_array_equal(
     np.flatnonzero(known.columns['allowed'][row].all(0)), [2, 3]
@@ -105,7 +109,7 @@ def test_replayed_rows_get_the_mask_of_today():
   mask = np.array([[True, True, True, False]] * 2)
   batch = {'label': jnp.array([2, 2]), 'allowed': jnp.asarray(mask)}
   held = {'label': jnp.array([0, 1, 0])}
-  mixed = protocol.now_allowed(batch, held, jnp.ones(3))
+  mixed = benches.now_allowed(batch, held, jnp.ones(3))
   np.testing.assert_array_equal(mixed['allowed'], np.tile(mask[:1], (5, 1)))
   np.testing.assert_array_equal(mixed['label'], [2, 2, 0, 1, 0])
 

@@ -11,7 +11,8 @@ experiments/README.md.
 
 import dataclasses
 
-from experiments.continual.mnist import protocol, table
+from experiments.continual import table
+from experiments.continual.mnist import protocol
 from fmeta.workdir import Context
 
 PUBLISHED = {
@@ -36,11 +37,18 @@ SMALL = {**table.SMALL, 'tasks': 3}
 
 def run(config: Config, context: Context) -> dict:
   """All rows and seeds, a table and a picture."""
+  table.check(config)
   made = table.Table(
     config,
     context,
-    lambda splits: protocol.permuted_tasks(
-      splits, config.scenario, config.tasks, config.seed.data
+    protocol.load(context, config.train_examples, config.test_examples),
+    1 / 6,
+    protocol.bench_of(
+      lambda splits: protocol.permuted_tasks(
+        splits, config.scenario, config.tasks, config.seed.data
+      ),
+      config.scenario,
+      config.sizes,
     ),
   )
   published = PUBLISHED.get(config.scenario, {})

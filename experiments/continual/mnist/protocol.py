@@ -1,45 +1,32 @@
-"""Streams of MNIST as all methods share them.
+"""Streams of MNIST, as van de Ven & Tolias 2018 ask them.
 
-The protocol of van de Ven & Tolias 2018 (https://arxiv.org/abs/1809.10635):
-ReLU networks trained with Adam at a constant rate, a fixed number of
-iterations per task, every test image after every task. Their scenarios
-(https://arxiv.org/abs/1904.07734) are what an answer is chosen from:
-
-  task    the classes of the task at hand, which is known (one head each)
-  domain  one head for all tasks
-  class   all classes of the tasks so far
-
-A head has one shape for the whole stream; `allowed` says which of its classes
-may be answered, as data. Pixels are bytes on the device, in the memory too.
+(https://arxiv.org/abs/1809.10635.) ReLU networks trained with Adam at a
+constant rate, a fixed number of iterations per task, every test image after
+every task. Pixels are bytes on the device, in the memory too.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 import fmeta
-from fmeta import continual, data, evaluate, models, stream, train
+from experiments.continual.bench import Bench, Labelled, Scenario
+from fmeta import data, models, stream
+from fmeta.datasets import mnist
 from fmeta.models import Mlp
+from fmeta.workdir import Context
 
-Scenario = Literal['task', 'domain', 'class']
-SCENARIOS = 'task', 'domain', 'class'
+Splits = dict[str, data.Columns]
 
 
-class Labelled(NamedTuple):
-  """Tasks whose labels are positions in the head.
-
-  Attributes:
-    train: a task each.
-    test: aligned with `train`.
-    allowed: bool [tasks, classes], the classes of each task.
-  """
-
-  train: list[stream.Task]
-  test: list[stream.Task]
-  allowed: np.ndarray
+def load(context: Context, train: int, test: int) -> Splits:
+  """The first images of each split, as bytes."""
+  splits, counts = mnist.load(context.data_dir), {'train': train, 'test': test}
+  return {
+    name: as_bytes(data.take(splits[name], slice(count)))
+    for name, count in counts.items()
+  }
 
 
 def as_bytes(columns: data.Columns) -> data.Columns:
@@ -80,100 +67,25 @@ def permuted_tasks(
   return Labelled(made['train'], made['test'], allowed)
 
 
-class Bench:
-  """A stream, its network, and how both are asked.
+def bench_of(
+  tasks_of: Callable[[Splits], Labelled],
+  scenario: Scenario,
+  sizes: Sequence[int],
+) -> Callable[[Splits], Bench]:
+  """A stream of images and its network, of any splits."""
 
-  Args:
-    tasks: from `split_tasks` or `permuted_tasks`.
-    scenario: what an answer is chosen from.
-    sizes: hidden widths of the network.
-    test_batch: test images at a time.
-  """
+  def make(splits):
+    tasks = tasks_of(splits)
+    module = Mlp(tuple(sizes), tasks.allowed.shape[1])
+    one = {'image': np.zeros((1, 28, 28, 1), np.float32)}
+    return Bench(
+      tasks,
+      scenario,
+      scaled(models.forward(module, models.IMAGE)),
+      lambda key: models.init(module, key, one, models.IMAGE)[0],
+    )
 
-  def __init__(
-    self,
-    tasks: Labelled,
-    scenario: Scenario,
-    sizes: Sequence[int],
-    test_batch: int = 1000,
-  ):
-    self.tasks, self.scenario = tasks, scenario
-    # What may be answered after each task.
-    self.seen = np.logical_or.accumulate(tasks.allowed)
-    self.classes = tasks.allowed.shape[1]
-    self.module = Mlp(tuple(sizes), self.classes)
-    # Logits of all classes: what a memory keeps and a loss masks.
-    self.forward = scaled(models.forward(self.module, models.IMAGE))
-    self.criterion = fmeta.softmax_cross_entropy
-    self.answers = self.forward
-    if scenario != 'domain':
-      self.criterion = continual.masked(self.criterion)
-      self.answers = continual.masked_forward(self.forward)
-    self.loss = fmeta.supervised(self.forward, self.criterion)
-    self._tests = [
-      data.eval_batches(self._labelled(k, task), test_batch)
-      for k, task in enumerate(tasks.test)
-    ]
-
-  def _labelled(self, index: int, task: stream.Task) -> data.Columns:
-    """The rows of a task, with its classes where they are known."""
-    if self.scenario != 'task':
-      return dict(task.columns)
-    size = len(task.columns['label'])
-    mask = np.tile(self.tasks.allowed[index], (size, 1))
-    return {**task.columns, 'allowed': mask}
-
-  @functools.cached_property
-  def columns(self) -> data.Columns:
-    """All training rows, task after task."""
-    parts = [
-      stream.Task(task.name, self._labelled(k, task))
-      for k, task in enumerate(self.tasks.train)
-    ]
-    return stream.joint(parts).columns
-
-  def rows(self, index: int) -> np.ndarray:
-    """The numbers of a task's rows in `columns`."""
-    sizes = [len(task.columns['label']) for task in self.tasks.train]
-    first = sum(sizes[:index])
-    return np.arange(first, first + sizes[index])
-
-  def batches(
-    self, tasks: Sequence[int], batch_size: int, seed: int
-  ) -> Callable[[int], dict[str, np.ndarray]]:
-    """`i -> batch` of row numbers, shuffled anew each epoch."""
-    numbers = np.concatenate([self.rows(task) for task in tasks])
-    drawn = data.batches({'row': numbers}, batch_size, seed)
-    if self.scenario != 'class':
-      return drawn
-    allowed = np.tile(self.seen[max(tasks)], (batch_size, 1))
-    return lambda i: {**drawn(i), 'allowed': allowed}
-
-  def spec(self) -> dict[str, Any]:
-    """One row as a memory holds it."""
-    return {key: value[0] for key, value in self.columns.items()}
-
-  def remembered(self, task: int, size: int) -> list[dict[str, np.ndarray]]:
-    """The first rows of a task, for an importance pass."""
-    rows = self.rows(task)[:size]
-    columns = data.take(self.columns, rows)
-    if self.scenario == 'class':
-      columns['allowed'] = np.tile(self.seen[task], (len(rows), 1))
-    return data.eval_batches(columns, min(500, len(rows)))
-
-  def accuracies(self, params: fmeta.types.Params, stage: int) -> list[float]:
-    """Test accuracy on each task so far, after task `stage`."""
-    out = []
-    for batches in self._tests[: stage + 1]:
-      if self.scenario == 'class':
-        mask = np.tile(self.seen[stage], (len(batches[0]['label']), 1))
-        batches = [{**batch, 'allowed': mask} for batch in batches]
-      out.append(evaluate.accuracy_of(self.answers, params, {}, batches))
-    return out
-
-  def program(self, learner: fmeta.Learner) -> train.Resident:
-    """The learner's steps on images that stay on the device."""
-    return train.Resident(learner, self.columns)
+  return make
 
 
 def scaled(forward: fmeta.Forward) -> fmeta.Forward:
@@ -184,12 +96,3 @@ def scaled(forward: fmeta.Forward) -> fmeta.Forward:
     return forward(params, model_state, {**batch, 'image': image}, rng)
 
   return of_bytes
-
-
-def now_allowed(batch: Any, rows: Any, valid: Any) -> Any:
-  """`fmeta.append` in a class scenario: old rows get the mask of today."""
-  size = valid.shape[0]
-  mask = jnp.broadcast_to(
-    batch['allowed'][:1], (size, *batch['allowed'][0].shape)
-  )
-  return fmeta.append(batch, {**rows, 'allowed': mask}, valid)

@@ -14,7 +14,8 @@ experiments/README.md.
 
 import dataclasses
 
-from experiments.continual.mnist import protocol, table
+from experiments.continual import table
+from experiments.continual.mnist import protocol
 from fmeta.workdir import Context
 
 SMALL = table.SMALL
@@ -50,10 +51,17 @@ class Config(table.Config):
 
 def run(config: Config, context: Context) -> dict:
   """All rows and seeds, a table and a picture."""
+  table.check(config)
   made = table.Table(
     config,
     context,
-    lambda splits: protocol.split_tasks(splits, config.scenario),
+    protocol.load(context, config.train_examples, config.test_examples),
+    1 / 6,
+    protocol.bench_of(
+      lambda splits: protocol.split_tasks(splits, config.scenario),
+      config.scenario,
+      config.sizes,
+    ),
   )
   return table.run(
     made, 'Split MNIST', PUBLISHED[config.scenario], 'split_mnist.png'

@@ -1,8 +1,8 @@
 """Runs every row over its seeds, chooses strengths, and shows the table.
 
-A strength is chosen once, by the validation accuracy after a stream over the
-first 50,000 training images with a seed of its own; the final runs train on
-all 60,000, as published. The whole grid is printed.
+A strength is chosen once, by the accuracy on held-out training rows after a
+stream over the others with a seed of its own; the final runs train on all
+rows. The whole grid is printed.
 """
 
 import dataclasses
@@ -14,20 +14,12 @@ import numpy as np
 
 import fmeta
 from experiments.common import Seeds, best_setting, placement, trial
-from experiments.continual import methods
-from experiments.continual.mnist import rows
-from experiments.continual.mnist.protocol import (
-  SCENARIOS,
-  Bench,
-  Labelled,
-  as_bytes,
-)
-from fmeta import data, metrics, models, report, train
-from fmeta.datasets import mnist
+from experiments.continual import methods, rows
+from experiments.continual.bench import SCENARIOS, Bench
+from fmeta import data, metrics, report, train
 from fmeta.workdir import Context
 
 SEARCH_SEED = 1000  # no final run has it
-VALIDATION = 10_000  # last training images
 
 
 @dataclasses.dataclass
@@ -65,7 +57,7 @@ SMALL = {
   'test_examples': 200,
 }
 
-Tasks = Callable[[dict[str, data.Columns]], Labelled]
+Splits = dict[str, data.Columns]
 
 
 class Table:
@@ -74,28 +66,23 @@ class Table:
   Args:
     config: of the experiment.
     context: of the job.
-    tasks_of: splits to tasks, for a task order by seed.
+    splits: 'train' and 'test'.
+    held_out: the last training rows, which a search validates on.
+    bench_of: `splits -> Bench`.
   """
 
-  def __init__(self, config: Config, context: Context, tasks_of: Tasks):
-    self.config, self.context, self.tasks_of = config, context, tasks_of
-    rows.check(config.methods)
-    if config.scenario not in SCENARIOS:
-      raise fmeta.UsageError(
-        f'no scenario {config.scenario!r}; possible: {", ".join(SCENARIOS)}'
-      )
-    self.given = _strengths(config.strengths)
-    splits = mnist.load(context.data_dir)
-    counts = {'train': config.train_examples, 'test': config.test_examples}
-    self.splits = {
-      name: as_bytes(data.take(splits[name], slice(count)))
-      for name, count in counts.items()
-    }
-    self.bench = self._bench(self.splits)
-
-  def _bench(self, splits: dict[str, data.Columns]) -> Bench:
-    config = self.config
-    return Bench(self.tasks_of(splits), config.scenario, config.sizes)
+  def __init__(
+    self,
+    config: Config,
+    context: Context,
+    splits: Splits,
+    held_out: float,
+    bench_of: Callable[[Splits], Bench],
+  ):
+    self.config, self.context, self.splits = config, context, splits
+    self.held_out, self.bench_of = held_out, bench_of
+    self.given = strengths_of(config.strengths)
+    self.bench = bench_of(splits)
 
   def fit(
     self, bench: Bench, name: str, strength: float, seed: int
@@ -107,14 +94,10 @@ class Table:
     )
     learner = row.learner(recipe, strength)
     key = jax.random.key(config.seed.init + seed)
-    one = {
-      'image': np.zeros((1, *bench.columns['image'].shape[1:]), np.float32)
-    }
-    params, _ = models.init(bench.module, key, one, models.IMAGE)
     last = len(bench.tasks.train) - 1
     return train.fit(
       learner,
-      learner.init(params, key),
+      learner.init(bench.start(key), key),
       self.stages(bench, row, config.seed.data + seed),
       jax.random.key(config.seed.train + seed),
       forward=bench.answers,
@@ -158,19 +141,19 @@ class Table:
     if name in self.given or not row.grid:
       return self.given.get(name, 0.0), {}
     whole = self.splits['train']
-    cut = len(whole['label']) * (60_000 - VALIDATION) // 60_000
+    cut = int(len(whole['label']) * (1 - self.held_out))
     held = {
       'train': data.take(whole, slice(cut)),
       'test': data.take(whole, slice(cut, None)),
     }
-    bench, tried = self._bench(held), {}
+    bench, tried = self.bench_of(held), {}
     for strength in row.grid:
 
       def run(strength=strength):
         try:
           fitted = self.fit(bench, name, strength, SEARCH_SEED)
         except train.Diverged:
-          return {'value': 0.0}
+          return {'value': 0.0}  # a strength too many
         return {'value': float(np.mean(fitted.matrix[-1]))}
 
       where = f'{self.config.scenario}/{name}/strength_{strength:g}'
@@ -214,7 +197,18 @@ class Table:
     return {'strength': strength, 'tried': tried, 'runs': runs}
 
 
-def _strengths(given: Sequence[str]) -> dict[str, float]:
+def check(config: Config) -> None:
+  """Raises `UsageError` for what does not exist, before data are read."""
+  rows.check(config.methods)
+  strengths_of(config.strengths)
+  if config.scenario not in SCENARIOS:
+    raise fmeta.UsageError(
+      f'no scenario {config.scenario!r}; possible: {", ".join(SCENARIOS)}'
+    )
+
+
+def strengths_of(given: Sequence[str]) -> dict[str, float]:
+  """`method:value` of a config as numbers."""
   found = {}
   for item in given:
     name, _, value = item.partition(':')
@@ -291,8 +285,8 @@ def run(
     made,
     f'mean over {config.seeds} seeds, 1.96 standard errors; '
     f'{config.iterations} iterations a task, batches of {config.batch_size}, '
-    f'Adam {config.rate:g}; memory of {config.memory_size} images; importance '
-    f'over {config.fisher_examples} images of a task',
+    f'Adam {config.rate:g}; memory of {config.memory_size} rows; importance '
+    f'over {config.fisher_examples} rows of a task',
     report.stream(made, matrices, names) if matrices else None,
     metric='average accuracy',
   )

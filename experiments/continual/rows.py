@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import fmeta
-from experiments.continual.mnist.protocol import Bench, now_allowed
+from experiments.continual.bench import Bench, now_allowed
 from fmeta import optim
 
 
@@ -14,8 +14,8 @@ class Recipe(NamedTuple):
   Attributes:
     bench: the stream.
     rate: of Adam, constant.
-    batch_size: new images a step; so many are replayed as well.
-    memory_size: images a memory holds.
+    batch_size: new rows a step; so many are replayed as well.
+    memory_size: rows a memory holds.
   """
 
   bench: Bench

@@ -1,0 +1,145 @@
+"""A stream and a model, as all methods of a table share them.
+
+Scenarios (van de Ven & Tolias 2019, https://arxiv.org/abs/1904.07734) are what
+an answer is chosen from:
+
+  task    the classes of the task at hand, which is known (one head each)
+  domain  one head for all tasks
+  class   all classes of the tasks so far
+
+A head has one shape for the whole stream; `allowed` says which of its classes
+may be answered, as data. The boundary is beside the batches: a stage ends.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmeta
+from fmeta import continual, data, evaluate, stream, train
+
+Scenario = Literal['task', 'domain', 'class']
+SCENARIOS = 'task', 'domain', 'class'
+
+
+class Labelled(NamedTuple):
+  """Tasks whose labels are positions in the head.
+
+  Attributes:
+    train: a task each.
+    test: aligned with `train`.
+    allowed: bool [tasks, classes], the classes of each task.
+  """
+
+  train: list[stream.Task]
+  test: list[stream.Task]
+  allowed: np.ndarray
+
+
+class Bench:
+  """A stream, its model, and how both are asked.
+
+  Args:
+    tasks: with numeric columns.
+    scenario: what an answer is chosen from.
+    forward: gives logits of all classes: what a memory keeps and a loss masks.
+    start: `key -> params`, fresh.
+    test_batch: test rows at a time.
+  """
+
+  def __init__(
+    self,
+    tasks: Labelled,
+    scenario: Scenario,
+    forward: fmeta.Forward,
+    start: Callable[[jax.Array], fmeta.types.Params],
+    test_batch: int = 1000,
+  ):
+    self.forward, self.start = forward, start
+    self.tasks, self.scenario = tasks, scenario
+    # What may be answered after each task.
+    self.seen = np.logical_or.accumulate(tasks.allowed)
+    self.classes = tasks.allowed.shape[1]
+    self.criterion = fmeta.softmax_cross_entropy
+    self.answers = self.forward
+    if scenario != 'domain':
+      self.criterion = continual.masked(self.criterion)
+      self.answers = continual.masked_forward(self.forward)
+    self.loss = fmeta.supervised(self.forward, self.criterion)
+    self._tests = [
+      data.eval_batches(self._labelled(k, task), test_batch)
+      for k, task in enumerate(tasks.test)
+    ]
+
+  def _labelled(self, index: int, task: stream.Task) -> data.Columns:
+    """The rows of a task, with its classes where they are known."""
+    if self.scenario != 'task':
+      return dict(task.columns)
+    size = len(task.columns['label'])
+    mask = np.tile(self.tasks.allowed[index], (size, 1))
+    return {**task.columns, 'allowed': mask}
+
+  @functools.cached_property
+  def columns(self) -> data.Columns:
+    """All training rows, task after task."""
+    parts = [
+      stream.Task(task.name, self._labelled(k, task))
+      for k, task in enumerate(self.tasks.train)
+    ]
+    return stream.joint(parts).columns
+
+  def rows(self, index: int) -> np.ndarray:
+    """The numbers of a task's rows in `columns`."""
+    sizes = [len(task.columns['label']) for task in self.tasks.train]
+    first = sum(sizes[:index])
+    return np.arange(first, first + sizes[index])
+
+  def batches(
+    self, tasks: Sequence[int], batch_size: int, seed: int
+  ) -> Callable[[int], dict[str, np.ndarray]]:
+    """`i -> batch` of row numbers, shuffled anew each epoch."""
+    numbers = np.concatenate([self.rows(task) for task in tasks])
+    drawn = data.batches({'row': numbers}, batch_size, seed)
+    if self.scenario != 'class':
+      return drawn
+    allowed = np.tile(self.seen[max(tasks)], (batch_size, 1))
+    return lambda i: {**drawn(i), 'allowed': allowed}
+
+  def spec(self) -> dict[str, Any]:
+    """One row as a memory holds it."""
+    return {key: value[0] for key, value in self.columns.items()}
+
+  def remembered(self, task: int, size: int) -> list[dict[str, np.ndarray]]:
+    """The first rows of a task, for an importance pass."""
+    rows = self.rows(task)[:size]
+    columns = data.take(self.columns, rows)
+    if self.scenario == 'class':
+      columns['allowed'] = np.tile(self.seen[task], (len(rows), 1))
+    return data.eval_batches(columns, min(500, len(rows)))
+
+  def accuracies(self, params: fmeta.types.Params, stage: int) -> list[float]:
+    """Test accuracy on each task so far, after task `stage`."""
+    out = []
+    for batches in self._tests[: stage + 1]:
+      if self.scenario == 'class':
+        mask = np.tile(self.seen[stage], (len(batches[0]['label']), 1))
+        batches = [{**batch, 'allowed': mask} for batch in batches]
+      out.append(evaluate.accuracy_of(self.answers, params, {}, batches))
+    return out
+
+  def program(self, learner: fmeta.Learner) -> train.Resident:
+    """The learner's steps on images that stay on the device."""
+    return train.Resident(learner, self.columns)
+
+
+def now_allowed(batch: Any, rows: Any, valid: Any) -> Any:
+  """`fmeta.append` in a class scenario: old rows get the mask of today."""
+  size = valid.shape[0]
+  mask = jnp.broadcast_to(
+    batch['allowed'][:1], (size, *batch['allowed'][0].shape)
+  )
+  return fmeta.append(batch, {**rows, 'allowed': mask}, valid)
