@@ -47,7 +47,7 @@ def _by_hand(passed, tasks, xi, loss=LOSS):
 
 def test_path_importance_and_anchor_are_the_sums_by_hand(x64):
   params, tasks = toys.double((PARAMS, TASKS))
-  made = penalty.si(2.0, xi=0.01)
+  made = penalty.si(20.0, xi=0.01)
   learner = finetune(LOSS, OPTIMIZER, penalty=made)
   passed = streamed.run(learner, params, tasks, toys.three_layers)
   by_hand = _by_hand(passed, tasks, 0.01)
@@ -73,7 +73,7 @@ def test_path_importance_and_anchor_are_the_sums_by_hand(x64):
   moved = jax.tree.map(lambda x: x + 0.5, passed[-1][1].trainable)
   value = made.value(moved, moved, state, {}, None)
   total = sum(x.sum() for x in jax.tree.leaves(by_hand[-1][1]))
-  np.testing.assert_allclose(value, 2.0 * 0.25 * total, rtol=1e-12)
+  np.testing.assert_allclose(value, 20.0 * 0.25 * total, rtol=1e-12)
 
 
 @pytest.mark.parametrize('xi', [0.1, jnp.asarray(0.5)])
