@@ -7,6 +7,7 @@ import toys
 from fmeta import adapters, fisher, losses, optim, penalty, tree, tuning
 from fmeta.errors import UsageError
 from fmeta.learner import finetune
+from fmeta.testing import check_gradient
 
 KEY = jax.random.key(7)
 
@@ -351,3 +352,24 @@ def test_the_largest_importance_of_several_is_the_largest_of_any():
   low, high = ({'importance': {'p': jnp.asarray([x, 0.5])}} for x in (1.0, 3.0))
   assert penalty.max_importance((low, (high, {}))) == 3.0
   assert penalty.max_importance(()) == 0
+
+
+@pytest.mark.parametrize('name', ['mas', 'rwalk', 'lwf'])
+def test_a_gradient_passes_through_a_tasks_end(name, x64):
+  # What an outer loop needs that learns a start and a strength for a stream.
+  start = {'model': PARAMS, 'strength': jnp.asarray(0.3)}
+  start, first, second = toys.double((start, BATCH, toys.batch_of(6, seed=1)))
+
+  def after_two_tasks(outer):
+    learner = finetune(
+      DATA, optim.sgd(0.3), penalty=LEARNING[name](outer['strength'])
+    )
+    state = learner.init(outer['model'], KEY)
+    for batch in (first, second):
+      for _ in range(2):
+        state, _ = learner.step(state, batch, KEY)
+      state = learner.end_task(state, FORWARD, [batch], KEY)
+    return DATA(state.trainable, {}, first, None)[0]
+
+  grads = check_gradient(after_two_tasks, start)
+  assert abs(grads['strength']) > 1e-6

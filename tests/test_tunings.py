@@ -100,7 +100,7 @@ REMEMBERING = {
 OFTEN = {
   'plain': set(ROWS),
   'maml': {'lora', 'subspace'},
-  'stream': {'surgical', 'ia3', 'rwalk', 'lwf'},
+  'stream': {'surgical', 'ia3', 'lwf'},
 }
 
 
