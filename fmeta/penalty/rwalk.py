@@ -4,12 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fmeta.errors import UsageError
 from fmeta.penalty.leaves import half_square, own, zeros_like
 from fmeta.penalty.quadratic import no_penalty
 from fmeta.types import Array, Params, Penalty, Scalar
+
+# Sums over the steps of an interval: of - g u, u and g^2.
+INTERVAL = 'path', 'moved', 'squares'
 
 
 def rwalk(
@@ -54,10 +56,9 @@ def rwalk(
 
   def init(trainable, params):
     del params
-    names = ('importance', 'fisher', 'score', 'task_score', 'path', 'squares')
+    names = 'importance', 'fisher', 'score', 'task_score', *INTERVAL
     return {
       'anchor': own(trainable),
-      'since': own(trainable),
       **{name: zeros_like(trainable) for name in names},
       'steps': jnp.zeros((), jnp.int32),
       'intervals': jnp.zeros((), jnp.int32),
@@ -70,24 +71,23 @@ def rwalk(
     return 2 * strength * distance
 
   def observe(state, trainable, grads, updates):
+    del trainable
     state = {
       **state,
       'path': jax.tree.map(
         lambda w, g, u: w - g * u, state['path'], grads, updates
       ),
+      'moved': jax.tree.map(jnp.add, state['moved'], updates),
       'squares': jax.tree.map(lambda s, g: s + g**2, state['squares'], grads),
       'steps': state['steps'] + 1,
     }
-    now = optax.apply_updates(trainable, updates)
     return _choose(
-      state['steps'] == every, _end_interval(state, now, alpha, eps), state
+      state['steps'] == every, _end_interval(state, alpha, eps), state
     )
 
   def consolidate(state, trainable, *args):
     del args
-    state = _choose(
-      state['steps'] > 0, _end_interval(state, trainable, alpha, eps), state
-    )
+    state = _choose(state['steps'] > 0, _end_interval(state, alpha, eps), state)
     first = state['tasks'] == 0
     score = jax.tree.map(
       lambda old, new: jnp.where(first, new, (old + new) / 2),
@@ -114,7 +114,7 @@ def _choose(condition: Array, yes: Any, no: Any) -> Any:
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), yes, no)
 
 
-def _end_interval(state: dict, now: Params, alpha: Scalar, eps: Scalar) -> dict:
+def _end_interval(state: dict, alpha: Scalar, eps: Scalar) -> dict:
   """The state with the last `steps` steps in F and in the task's score."""
   first = state['intervals'] == 0
   count = jnp.maximum(state['steps'], 1)
@@ -123,21 +123,19 @@ def _end_interval(state: dict, now: Params, alpha: Scalar, eps: Scalar) -> dict:
     new = squares / count
     return jnp.where(first, new, alpha * new + (1 - alpha) * old)
 
-  def gain(score, path, fisher, now, since):
-    distance = 0.5 * fisher * (now - since) ** 2
+  def gain(score, path, fisher, moved):
+    distance = 0.5 * fisher * moved**2
     return score + jnp.maximum(path, 0) / (distance + eps)
 
   fisher = jax.tree.map(mix, state['fisher'], state['squares'])
   score = jax.tree.map(
-    gain, state['task_score'], state['path'], fisher, now, state['since']
+    gain, state['task_score'], state['path'], fisher, state['moved']
   )
   return {
     **state,
     'fisher': fisher,
     'task_score': score,
-    'since': own(now),
-    'path': zeros_like(now),
-    'squares': zeros_like(now),
+    **{name: zeros_like(state[name]) for name in INTERVAL},
     'steps': jnp.zeros_like(state['steps']),
     'intervals': state['intervals'] + 1,
   }
