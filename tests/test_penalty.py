@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import toys
 
-from fmeta import adapters, fisher, optim, penalty, tree, tuning
+from fmeta import adapters, fisher, losses, optim, penalty, tree, tuning
 from fmeta.errors import UsageError
 from fmeta.learner import finetune
+from fmeta.testing import check_gradient
 
 KEY = jax.random.key(7)
 
@@ -218,3 +219,157 @@ def test_projections_and_path_integrals_see_the_right_gradients():
     saw['grads'],
     saw['updates'],
   )
+
+
+FORWARD = toys.three_layers
+PARAMS = toys.three_kernels()
+BATCH = toys.batch_of(6)
+DATA = losses.supervised(FORWARD, losses.softmax_cross_entropy)
+TUNINGS = {
+  'full': tuning.full(),
+  'select': tuning.select('body/layer_1/.*', 'head/.*'),
+  # The model is no linen module, which `lora` would enter.
+  'lora': adapters.lora_merged('body/.*/kernel', rank=2, also=('head/.*',)),
+}
+
+
+def _features(params, model_state, batch, rng):
+  hidden = jnp.tanh(batch['x'] @ params['body']['layer_0']['kernel'])
+  hidden = jnp.tanh(hidden @ params['body']['layer_1']['kernel'])
+  # The head's logits as well, so that no leaf is left out.
+  return jnp.concatenate(
+    [hidden, hidden @ params['head']['kernel']], 1
+  ), model_state
+
+
+# strength -> penalty; what a task's end has to have told it.
+LEARNING = {
+  'ewc': penalty.ewc,
+  'online_ewc': lambda s: penalty.online_ewc(s, gamma=0.9),
+  'si': penalty.si,
+  'mas': penalty.mas,
+  'rwalk': lambda s: penalty.rwalk(s, every=2),
+  'lwf': lambda s: penalty.lwf(FORWARD, s, np.ones((1, 3), bool)),
+  'feature_distillation': lambda s: penalty.feature_distillation(_features, s),
+  'all_of': lambda s: penalty.all_of(penalty.si(s), penalty.ewc(s)),
+}
+
+
+def _after_a_task(learner, steps=3):
+  state, step = learner.init(PARAMS, KEY), jax.jit(learner.step)
+  for _ in range(steps):
+    before = state
+    state, _ = step(state, BATCH, KEY)
+  return before, learner.end_task(state, FORWARD, [BATCH], KEY)
+
+
+@pytest.mark.parametrize('how', TUNINGS)
+@pytest.mark.parametrize('name', LEARNING)
+def test_nothing_holds_before_a_task_ends_then_all_but_the_anchor(name, how):
+  made, moves = LEARNING[name](1.0), TUNINGS[how]
+  learner = finetune(DATA, optim.sgd(0.3), tuning=moves, penalty=made)
+  before, after = _after_a_task(learner)
+
+  @jax.jit
+  def slope(trainable, state):
+    def value(trainable):
+      params = moves.merge(trainable, state.frozen)
+      return made.value(trainable, params, state.penalty_state, BATCH, KEY)
+
+    return jax.value_and_grad(value)(trainable)
+
+  moved = jax.tree.map(lambda x: x + 0.3, after.trainable)
+  for value, grads in (
+    slope(moved, before),
+    slope(after.trainable, after),
+  ):
+    # In the step the anchor may have been rounded otherwise.
+    np.testing.assert_allclose(value, 0, atol=1e-9)
+    for g in jax.tree.leaves(grads):
+      np.testing.assert_allclose(g, 0, atol=2e-6)
+  assert slope(moved, before)[0] == 0
+  value, grads = slope(moved, after)
+  assert value > 1e-4
+  assert all(np.any(g) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize('name', LEARNING)
+def test_strengths_may_be_vmapped(name):
+  _, start = _after_a_task(
+    finetune(DATA, optim.sgd(0.3), penalty=LEARNING[name](1.0))
+  )
+  start = start.replace(trainable=jax.tree.map(lambda x: x + 0.1, PARAMS))
+
+  def step(strength):
+    learner = finetune(DATA, optim.sgd(0.1), penalty=LEARNING[name](strength))
+    state, aux = learner.step(start, BATCH, KEY)
+    return state.trainable, aux.metrics['penalty']
+
+  strengths = jnp.asarray([0.0, 1.0, 2.0])
+  found, values = jax.jit(jax.vmap(step))(strengths)
+  np.testing.assert_allclose(values, values[1] * strengths, rtol=1e-5)
+  # The step is linear in the penalty's gradient.
+  assert values[1] > 0
+  for x in jax.tree.leaves(found):
+    assert np.any(x[1] != x[0])
+    np.testing.assert_allclose(x[2] - x[0], 2 * (x[1] - x[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', LEARNING)
+def test_three_tasks_take_one_trace_and_share_no_buffer(name):
+  learner = finetune(DATA, optim.adamw(0.01), penalty=LEARNING[name](1.0))
+  traces = []
+
+  def step(state, batch):
+    traces.append(state)
+    return learner.step(state, batch, KEY)[0]
+
+  step = jax.jit(step, donate_argnums=0)
+  state = jax.tree.map(jnp.copy, learner.init(PARAMS, KEY))
+  for seed in range(3):
+    state = step(state, toys.batch_of(6, seed=seed))
+    held = jax.tree.map(np.asarray, (state.trainable, state.model_state))
+    state = learner.end_task(state, FORWARD, [BATCH], KEY)
+    jax.tree.map(
+      np.testing.assert_array_equal, held, (state.trainable, state.model_state)
+    )
+    owners = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(owners)) == len(owners)
+  assert len(traces) == 1
+
+
+@pytest.mark.parametrize('name', ['online_ewc', 'mas', 'lwf'])
+def test_what_moves_many_parameters_at_once_is_refused(name):
+  moves = adapters.subspace('body/.*/kernel', dim=4)
+  learner = finetune(
+    DATA, optim.sgd(0.1), tuning=moves, penalty=LEARNING[name](1.0)
+  )
+  with pytest.raises(UsageError, match='moves many parameters at once'):
+    learner.init(PARAMS, KEY)
+
+
+def test_the_largest_importance_of_several_is_the_largest_of_any():
+  low, high = ({'importance': {'p': jnp.asarray([x, 0.5])}} for x in (1.0, 3.0))
+  assert penalty.max_importance((low, (high, {}))) == 3.0
+  assert penalty.max_importance(()) == 0
+
+
+@pytest.mark.parametrize('name', ['mas', 'rwalk', 'lwf'])
+def test_a_gradient_passes_through_a_tasks_end(name, x64):
+  # What an outer loop needs that learns a start and a strength for a stream.
+  start = {'model': PARAMS, 'strength': jnp.asarray(0.3)}
+  start, first, second = toys.double((start, BATCH, toys.batch_of(6, seed=1)))
+
+  def after_two_tasks(outer):
+    learner = finetune(
+      DATA, optim.sgd(0.3), penalty=LEARNING[name](outer['strength'])
+    )
+    state = learner.init(outer['model'], KEY)
+    for batch in (first, second):
+      for _ in range(2):
+        state, _ = learner.step(state, batch, KEY)
+      state = learner.end_task(state, FORWARD, [batch], KEY)
+    return DATA(state.trainable, {}, first, None)[0]
+
+  grads = check_gradient(after_two_tasks, start)
+  assert abs(grads['strength']) > 1e-6

@@ -91,11 +91,16 @@ ROWS = {
   'prefix': Row(methods.PREFIX, BERT),
   'prompt': Row(methods.PROMPT, BERT),
 }
+# Each penalty that learns at a task's end, in a stream, on factors.
+REMEMBERING = {
+  name: Row(methods.LORA, penalty=each)
+  for name, each in methods.LEARNING.items()
+}
 # Compiling is slow: the others run with --oracles.
 OFTEN = {
   'plain': set(ROWS),
   'maml': {'lora', 'subspace'},
-  'stream': {'surgical', 'ia3'},
+  'stream': {'surgical', 'ia3', 'lwf'},
 }
 
 
@@ -149,16 +154,17 @@ def cells():
   return [
     pytest.param(name, regime, marks=[] if name in often else rare)
     for regime, often in OFTEN.items()
-    for name in ROWS
+    for name in [*ROWS, *(REMEMBERING if regime == 'stream' else ())]
   ]
 
 
 @pytest.mark.parametrize(('name', 'regime'), cells())
 def test_a_tuning_resumes_bitwise_and_eight_devices_are_one(name, regime):
-  learner, batch, boundary = REGIMES[regime](ROWS[name])
+  row = {**ROWS, **REMEMBERING}[name]
+  learner, batch, boundary = REGIMES[regime](row)
   key = jax.random.key(20)
   step = jax.jit(lambda state, batch, key: learner.step(state, batch, key)[0])
-  start = learner.init(ROWS[name].problem.params, jax.random.key(21))
+  start = learner.init(row.problem.params, jax.random.key(21))
   first = step(start, batch, key)
   moved = jax.tree.leaves(first.trainable)
   before = jax.tree.leaves(start.trainable)

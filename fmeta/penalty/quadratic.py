@@ -1,7 +1,6 @@
 """Quadratic penalties: decay towards a start, elastic weights.
 
-A penalty lives on the merged values of the leaves that move, so LoRA factors
-(A, B) and (2A, B/2), which are the same weights, are penalised alike.
+They live on the merged values of the leaves that move, see `leaves`.
 """
 
 from collections.abc import Callable
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
-from fmeta.errors import UsageError
 from fmeta.fisher import exact_fisher
+from fmeta.penalty.leaves import half_square, moving_leaves, own, zeros_like
 from fmeta.types import Array, Params, Penalty, Scalar
 
 # (forward, params, moving, model_state, batches, rng) -> like `moving`
@@ -28,38 +27,6 @@ def no_penalty() -> Penalty:
     observe=lambda state, trainable, grads, updates: state,
     consolidate=lambda state, *args: state,
   )
-
-
-def moving_leaves(trainable: Params, params: Params) -> Params:
-  """The merged values of the full parameters that the trainable leaves move.
-
-  Raises:
-    UsageError: for a leaf that belongs to no single parameter.
-  """
-  known = set(tree.names(params))
-  moved = set()
-  for name in tree.names(trainable):
-    # What is no parameter is a factor: `<kernel>.<suffix>`.
-    owner = name if name in known else name.rpartition('.')[0]
-    if owner not in known:
-      raise UsageError(
-        f'{name!r} moves many parameters at once, so a penalty cannot tell '
-        "which; decay it by the optimiser's weight decay instead"
-      )
-    moved.add(owner)
-  return tree.partition(params, moved.__contains__)[0]
-
-
-def _own(leaves: Params) -> Params:
-  # Copied: `fit` donates the state, and a buffer cannot be donated twice.
-  return jax.tree.map(lambda x: jnp.array(x, copy=True), leaves)
-
-
-def _half_square(values: Params, anchor: Params, weights: Params) -> Array:
-  terms = jax.tree.map(
-    lambda x, a, w: jnp.sum(w * (x - a) ** 2), values, anchor, weights
-  )
-  return 0.5 * sum(jax.tree.leaves(terms), jnp.zeros(()))
 
 
 def l2_sp(
@@ -79,7 +46,7 @@ def l2_sp(
   """
 
   def init(trainable, params):
-    return {'anchor': _own(moving_leaves(trainable, params))}
+    return {'anchor': own(moving_leaves(trainable, params))}
 
   def value(trainable, params, state, batch, rng):
     del batch, rng
@@ -87,7 +54,7 @@ def l2_sp(
     weights = tree.match(
       values, multipliers, what='multiplier', known=tree.names(params)
     )
-    return strength * _half_square(values, state['anchor'], weights)
+    return strength * half_square(values, state['anchor'], weights)
 
   return no_penalty()._replace(init=init, value=value)
 
@@ -103,6 +70,10 @@ def ewc(strength: Scalar, importance: Importance = exact_fisher) -> Penalty:
   per task). The sum over tasks is one quadratic, so the state has a fixed
   size: F = sum_t F_t and the F-weighted mean of the optima.
 
+  From the third task on p_t has already been held by earlier terms, so early
+  tasks count more than once (Huszar 2018, https://arxiv.org/abs/1712.03847);
+  `online_ewc`, anchored at the latest optimum, counts each once.
+
   Gradient descent with rate r diverges once r * strength * max F > 2;
   `max_importance` gives max F.
 
@@ -116,13 +87,12 @@ def ewc(strength: Scalar, importance: Importance = exact_fisher) -> Penalty:
 
   def init(trainable, params):
     moving = moving_leaves(trainable, params)
-    zeros = jax.tree.map(jnp.zeros_like, moving)
-    return {'anchor': _own(moving), 'importance': zeros}
+    return {'anchor': own(moving), 'importance': zeros_like(moving)}
 
   def value(trainable, params, state, batch, rng):
     del batch, rng
     values = moving_leaves(trainable, params)
-    return strength * _half_square(values, state['anchor'], state['importance'])
+    return strength * half_square(values, state['anchor'], state['importance'])
 
   def consolidate(state, trainable, params, model_state, forward, batches, rng):
     moving = moving_leaves(trainable, params)
@@ -143,5 +113,7 @@ def ewc(strength: Scalar, importance: Importance = exact_fisher) -> Penalty:
 
 def max_importance(state: Any) -> Array:
   """Largest importance of a penalty state, 0 if it has none."""
+  if isinstance(state, tuple | list):  # of several penalties
+    return jnp.max(jnp.stack([jnp.zeros(()), *map(max_importance, state)]))
   leaves = jax.tree.leaves(state.get('importance', {}))
   return jnp.max(jnp.stack([leaf.max() for leaf in leaves] or [jnp.zeros(())]))
