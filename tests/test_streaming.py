@@ -290,12 +290,12 @@ def test_states_are_plain_dicts_that_add_up(name, x64):
 
 def test_half_precision_features_are_summed_in_single_precision():
   made = MAKE['ridge']()
-  features = jnp.ones((1000, DIM), jnp.bfloat16)
-  state = learned(made, features, jnp.zeros(1000, jnp.int32))
-  # bfloat16 has eight bits: its sum of ones stops at 256.
+  features = jnp.ones((1001, DIM), jnp.bfloat16)
+  state = learned(made, features, jnp.zeros(1001, jnp.int32))
+  # bfloat16 has eight bits and no 1001.
   assert state['sum'].dtype == jnp.float32
-  np.testing.assert_array_equal(state['sum'][0], np.full(DIM, 1000.0))
-  np.testing.assert_array_equal(state['second'], np.full((DIM, DIM), 1000.0))
+  np.testing.assert_array_equal(state['sum'][0], np.full(DIM, 1001.0))
+  np.testing.assert_array_equal(state['second'], np.full((DIM, DIM), 1001.0))
 
 
 def test_the_strengths_may_be_traced():
