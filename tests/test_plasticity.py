@@ -25,7 +25,7 @@ PARAMS = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), PARAMS)
 START = plasticity.no_activity(PARAMS, HIDDEN)
 WATCHED = plasticity.watched(FORWARD, HIDDEN)
 LOSS = losses.supervised(WATCHED, losses.softmax_cross_entropy)
-OPTIONS = {'rate': 0.0613, 'maturity': 4, 'decay': 0.8}
+OPTIONS = {'rate': 0.0613, 'maturity': 4, 'decay': 0.98}
 
 
 def renewing(inner=None, **options):
@@ -149,6 +149,24 @@ def test_utility_age_and_who_is_replaced_follow_numpy(path):
       assert k == 2 or not same[:, gone[k]].any()
   # Both layers, at once and alone, and most steps nothing.
   assert {(1, 0), (0, 0)} <= set(replaced) and sum(map(sum, replaced)) > 8
+
+
+def test_a_young_unit_is_not_less_useful_for_having_averaged_less():
+  params = {
+    'a': {'kernel': jnp.ones((3, 2))},
+    'b': {'kernel': jnp.ones((2, 2))},
+  }
+  optimizer = plasticity.continual_backprop(
+    optax.sgd(0.0), ('a', 'b'), KEY, rate=0.5, maturity=4, decay=0.98
+  )
+  # Averages of 0.2 over a long life, and of 0.15 / (1 - 0.98^5) = 1.6.
+  state = optimizer.init(params)._replace(
+    utility={'a': jnp.asarray([0.2, 0.15])},
+    age={'a': jnp.asarray([1000, 5], jnp.int32)},
+  )
+  idle = plasticity.no_activity(params, ('a',))
+  _, state = optimizer.update(params, state, params, model_state=idle)
+  np.testing.assert_array_equal(state.age['a'], [0, 6])
 
 
 def changed_units(alone, after):
