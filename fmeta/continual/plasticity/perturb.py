@@ -1,6 +1,7 @@
 """Shrink and perturb."""
 
 import jax
+import jax.numpy as jnp
 
 from fmeta.errors import UsageError
 from fmeta.types import Params, Scalar, TrainState
@@ -13,8 +14,8 @@ def shrink_and_perturb(
 
     p <- shrink * p + sigma * p_fresh
 
-  (Ash & Adams 2020, https://arxiv.org/abs/1910.08475; their noise has the
-  scale of each layer's initialisation because it is one.) For use between two
+  (Ash & Adams 2020, https://arxiv.org/abs/1910.08475.) A scaled fresh start
+  is noise of each layer's own size. For use between two
   calls of `train.fit`, or of `adapt`:
 
     fresh = learner.init(make_params(key), key).trainable
@@ -32,9 +33,7 @@ def shrink_and_perturb(
   Raises:
     UsageError: if `fresh` has other leaves than the state.
   """
-  here, there = (
-    jax.tree.map(jax.numpy.shape, x) for x in (state.trainable, fresh)
-  )
+  here, there = (jax.tree.map(jnp.shape, x) for x in (state.trainable, fresh))
   if here != there:
     raise UsageError(
       f'fresh leaves are {there}, those of the state {here}; give '
