@@ -56,6 +56,23 @@ def majority(train_labels: ArrayLike, num_test: int) -> Baseline:
   return Baseline(predictions, f'always class {most}', {}, 1, 0.0)
 
 
+def class_sums(
+  embeddings: Array,
+  labels: Array,
+  num_classes: int,
+  weight: Array | None = None,
+) -> tuple[Array, Array]:
+  """Sum of embeddings per class [C, D] and number of examples per class [C].
+
+  Rows count as often as `weight` [N] says, 0 for padding; a row whose label is
+  none of the classes counts for nothing.
+  """
+  member = jax.nn.one_hot(labels, num_classes, dtype=embeddings.dtype)
+  if weight is not None:
+    member = member * weight.astype(member.dtype)[:, None]
+  return jnp.matmul(member.T, embeddings, precision='highest'), member.sum(0)
+
+
 def class_means(
   embeddings: Array,
   labels: Array,
@@ -64,14 +81,10 @@ def class_means(
 ) -> tuple[Array, Array]:
   """Mean embedding per class [C, D] and number of examples per class [C].
 
-  The mean of a class without examples is zero; its count says so. Rows count
-  as often as `weight` [N] says, 0 for padding.
+  The mean of a class without examples is zero; its count says so. Arguments
+  as in `class_sums`.
   """
-  member = jax.nn.one_hot(labels, num_classes, dtype=embeddings.dtype)
-  if weight is not None:
-    member = member * weight.astype(member.dtype)[:, None]
-  counts = member.sum(0)
-  sums = jnp.matmul(member.T, embeddings, precision='highest')
+  sums, counts = class_sums(embeddings, labels, num_classes, weight)
   return sums / jnp.where(counts > 0, counts, 1)[:, None], counts
 
 

@@ -56,8 +56,9 @@ def finetune(
   Args:
     loss_fn: `(params, model_state, batch, rng) -> (scalar, Aux)`.
     optimizer: an optax transformation; it sees trainable leaves only, and
-      the arguments `value` (the loss) and `obj_fn` (the loss as a function of
-      the trainable leaves) if it takes them. Where the step itself is
+      the arguments `value` (the loss), `obj_fn` (the loss as a function of the
+      trainable leaves) and `model_state` (as the batch leaves it) if it takes
+      them. Where the step itself is
       differentiated, one without a derivative is refused.
     tuning: what moves; everything by default.
     penalty: what the parameters remember; nothing by default.
@@ -117,6 +118,7 @@ def finetune(
       state.trainable,
       value=loss + penalty_loss,
       obj_fn=total,
+      model_state=aux.model_state,
     )
     metrics = {
       'loss': loss,

@@ -13,6 +13,7 @@ from fmeta.metrics.intervals import (
   mean_ci95,
   paired_bootstrap,
 )
+from fmeta.metrics.plasticity import dormant_units, effective_rank, srank
 from fmeta.metrics.streams import (
   accuracy_matrix,
   average_accuracy,
@@ -33,6 +34,9 @@ __all__ = (
   'bootstrap_ci',
   'mean_ci95',
   'paired_bootstrap',
+  'dormant_units',
+  'effective_rank',
+  'srank',
   'accuracy_matrix',
   'average_accuracy',
   'backward_transfer',
