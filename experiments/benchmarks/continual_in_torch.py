@@ -101,7 +101,7 @@ def plain(row: str, config: Any, params: Any, columns: dict) -> Run:
   return run
 
 
-def _without_operators() -> None:
+def without_operators() -> None:
   """Lets Avalanche import torchvision, of which it wants the data sets.
 
   Its compiled operators may be built for another torch; then their names
@@ -118,12 +118,12 @@ def _without_operators() -> None:
     library = torch.library.Library('torchvision', 'DEF')
     for name in set(names):
       library.define(f'{name}(Tensor x) -> Tensor')
-    _without_operators.library = library
+    without_operators.library = library
 
 
 def avalanche(row: str, config: Any, params: Any, columns: dict) -> Run:
   """Avalanche's own strategies, their work at a task's end left out."""
-  _without_operators()
+  without_operators()
   import warnings
 
   warnings.simplefilter('ignore')
