@@ -421,22 +421,30 @@ def test_mer_is_its_algorithm(x64):
   assert state.memory['seen'] == 1
 
 
+def drawn_to(params, model_state, batch, rng):
+  """Weighted rows pull towards their centres; one of zeros pulls to zero."""
+  weight = batch['weight'].astype(batch['c'].dtype)
+  gaps = 0.5 * ((params['t'][None] - batch['c']) ** 2).sum(-1)
+  value = jnp.sum(weight * gaps) / jnp.maximum(weight.sum(), 1)
+  return value, Aux(model_state, {}, weight.sum())
+
+
 def test_mer_begins_with_the_new_row_alone(x64):
+  memory = reservoir(4, {'c': jax.ShapeDtypeStruct((2,), 'float64')})
   learner = online.mer(
-    regression,
-    reservoir(4, SPEC),
+    drawn_to,
+    memory,
     num_batches=1,
     size=3,
     rate=0.2,
     within=1.0,
     across=1.0,
   )
-  new, start = rows(1, 1), np.array([0.4, -1.0])
-  state = learner.init({'w': jnp.asarray(start)}, KEY)
-  state, _ = jax.jit(learner.step)(state, jax.tree.map(jnp.asarray, new), KEY)
-  x, y = new['x'][0], new['y'][0]
-  expected = start - 0.2 * x * (x @ start - y)
-  np.testing.assert_allclose(state.trainable['w'], expected, rtol=1e-12)
+  centre, start = np.array([2.0, 1.0]), np.array([0.4, -1.0])
+  state = learner.init({'t': jnp.asarray(start)}, KEY)
+  state, _ = jax.jit(learner.step)(state, {'c': jnp.asarray(centre[None])}, KEY)
+  expected = start + 0.2 * (centre - start)
+  np.testing.assert_allclose(state.trainable['t'], expected, rtol=1e-12)
 
 
 def test_mer_refuses_what_is_no_stream_of_rows():

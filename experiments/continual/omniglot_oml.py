@@ -11,11 +11,10 @@ learns by gradient descent. What differs is where the body is from:
 - random: fresh weights;
 - pre-trained: plain classification of all training characters at once, the
   same network trained jointly;
-- OML: the same start and network, then trained through streams (Javed & White
-  2019, https://arxiv.org/abs/1905.12588; their figure has OML far above
-  pre-training at 200 classes, with six convolutions at 84 pixels and several
-  hundred thousand steps, which this is not);
-- pre-trained, longer: OML's start, with as many more images by plain
+- OML: the pre-trained network, then trained through streams (Javed & White
+  2019, https://arxiv.org/abs/1905.12588, whose network and images are larger:
+  their curves are not to be had here, their order of rows is);
+- pre-trained longer: OML's start, with as many more images by plain
   classification as OML has seen.
 
 Each body also gives the nearest class mean, which forgets nothing, and the
@@ -62,7 +61,7 @@ class Config:
   batch_size: int = 64
   rate: float = 1e-3
   pretrain_iterations: int = 1500
-  # Streams to train on: in the paper, of one character each.
+  # Streams to train on.
   stream_classes: int = 1
   stream_shots: int = 15
   remember: int = 64

@@ -32,10 +32,9 @@ def fresh_classes(
   The columns of the classes among the support's labels are drawn anew and
   their biases are zero; the other columns are the outer parameters'. So the
   outer loss cannot be lowered by what the head remembers of the stream's
-  classes. (OML starts each episode with random weights of the prediction
-  network: Javed & White 2019, https://arxiv.org/abs/1905.12588, algorithm 2.
-  That only the stream's classes lose theirs is our reading of their code: the
-  others are what the stream must not overwrite.)
+  classes, and what the stream must not overwrite stays. (Javed & White 2019,
+  https://arxiv.org/abs/1905.12588, algorithm 2, draw the whole prediction
+  network anew for each stream.)
 
   Args:
     draw: an initialiser of `jax.nn.initializers`; `zeros` gives all classes of
