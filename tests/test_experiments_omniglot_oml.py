@@ -34,7 +34,10 @@ def test_every_body_is_tested_in_both_orders(
 
   monkeypatch.setattr(omniglot_oml.Bench, 'bodies', bodies)
   result = execute(omniglot_oml, tmp_path / 'run')
-  numbers = result['metrics']
+  every = result['metrics']
+  numbers = {k: v for k, v in every.items() if 'validation' not in k}
+  rates = [k for k in every if k.startswith('OML, shuffled, 5, validation')]
+  assert [key.rpartition(' ')[2] for key in rates] == ['0.01', '0.1']
   ways = [*omniglot_oml.ORDERS, omniglot_oml.MEAN]
   assert set(numbers) == {
     f'{body}, {way}, {n}'
@@ -42,7 +45,7 @@ def test_every_body_is_tested_in_both_orders(
     for way in ways
     for n in omniglot_oml.SMALL['classes']
   }
-  assert all(0 <= value <= 1 for value in numbers.values())
+  assert all(0 <= value <= 1 for value in every.values())
   kept = scores.load(tmp_path / 'run')
   for key, value in numbers.items():
     assert len(kept[key].values) == 10
