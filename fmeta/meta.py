@@ -109,6 +109,7 @@ def episode_loss(
   loss_fn: LossFn,
   num_steps: int,
   *,
+  batch_size: int | None = None,
   over: Over = jax.vmap,
   through: ways.Through = ways.plain,
 ) -> LossFn:
@@ -128,6 +129,8 @@ def episode_loss(
       as step sizes are meta-learned.
     loss_fn: the loss on the query set.
     num_steps: inner steps on the support set.
+    batch_size: rows of the support per inner step, in turn; 1 makes the
+      support a stream of single examples. None: all rows in every step.
     over: how tasks are mapped: `jax.vmap` or `in_chunks(k)`.
     through: how the inner loop is differentiated, one of `fmeta.through`.
 
@@ -135,11 +138,15 @@ def episode_loss(
     A `LossFn` whose batch is `{'support': batch, 'query': batch}` with a
     leading task axis everywhere; its unit of weight is a task and its outputs
     are the query outputs [tasks, ...]. Model state is an input only.
+
+  Raises:
+    UsageError: if `batch_size` is not positive.
   """
+  _check_batch_size(batch_size)
 
   def loss(params, model_state, batch, rng):
     def one(episode, key):
-      support = _all(episode['support'])
+      support = batches_of(episode['support'], batch_size)
       learner, state = _adapted(
         inner, num_steps, params, model_state, support, key, through
       )
@@ -158,8 +165,19 @@ def episode_loss(
   return loss
 
 
-def _all(batch: Batch) -> Callable[[Array], Batch]:
-  return lambda _: batch
+def batches_of(
+  batch: Batch, batch_size: int | None
+) -> Callable[[Array], Batch]:
+  """`k -> batch` of the k-th inner step: rows in turn, or all of them."""
+  _check_batch_size(batch_size)
+  if batch_size is None:
+    return lambda _: batch
+  return _in_turn(batch, batch_size)
+
+
+def _check_batch_size(batch_size: int | None) -> None:
+  if batch_size is not None and batch_size < 1:
+    raise UsageError(f'batch_size {batch_size} has no rows; give at least 1')
 
 
 def _in_turn(batch: Batch, size: int) -> Callable[[Array], Batch]:
@@ -196,8 +214,7 @@ def reptile_loss(
   Raises:
     UsageError: if `batch_size` is not positive.
   """
-  if batch_size is not None and batch_size < 1:
-    raise UsageError(f'batch_size {batch_size} has no rows; give at least 1')
+  _check_batch_size(batch_size)
 
   def loss(params, model_state, batch, rng):
     # Stopped where it starts: the adaptation is never differentiated, so any
@@ -205,9 +222,7 @@ def reptile_loss(
     start = jax.lax.stop_gradient(params)
 
     def one(support, key):
-      batches = _all(support)
-      if batch_size is not None:
-        batches = _in_turn(support, batch_size)
+      batches = batches_of(support, batch_size)
       _, state = _adapted(inner, num_steps, start, model_state, batches, key)
       return tree.combine(state.frozen, state.trainable)
 
@@ -237,6 +252,7 @@ def predict_episodes(
   num_steps: int,
   *,
   model_state: ModelState | None = None,
+  batch_size: int | None = None,
   over: Over = jax.vmap,
 ) -> Callable[[Params, Batch, Array | None], Array]:
   """`(params, episodes, rng) -> query outputs [tasks, ...]`.
@@ -252,12 +268,14 @@ def predict_episodes(
     model_state: where the inner learner starts; none by default. The query
       sees the state that the support left, so a norm with running averages
       normalises by support statistics.
+    batch_size: as for `episode_loss`.
     over: how tasks are mapped.
   """
+  _check_batch_size(batch_size)
 
   def predict(params, episodes, rng):
     def one(episode, key):
-      support = _all(episode['support'])
+      support = batches_of(episode['support'], batch_size)
       learner, state = _adapted(
         inner, num_steps, params, model_state, support, key
       )

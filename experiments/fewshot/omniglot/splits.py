@@ -13,10 +13,13 @@ from fmeta.workdir import Context
 SPLITS = 'random', 'alphabets'
 
 
-def load(config: Any, context: Context) -> dict[str, dict]:
+def load(
+  config: Any, context: Context, *, turned: bool = True
+) -> dict[str, dict]:
   """Images by split of the characters; those to train on in four turns.
 
-  The split comes first: all turns of a character are on its side.
+  The split comes first: all turns of a character are on its side. Without
+  `turned` those to train on are upright as well.
   """
   folder = context.data_dir or os.environ.get('FMETA_SHARED_DATA')
   splits = omniglot.load(folder)
@@ -31,8 +34,9 @@ def load(config: Any, context: Context) -> dict[str, dict]:
   def rows(characters):
     return data.take(every, np.isin(every['label'], characters))
 
+  upright = rows(train)
   return {
-    'train': episodes.with_rotations(rows(train)),
+    'train': episodes.with_rotations(upright) if turned else upright,
     'validation': rows(validation),
     'test': rows(test),
   }
