@@ -1,6 +1,6 @@
 """What Avalanche 0.6.0 computes where the analytic suite has an equation.
 
-Needs `./launch/peers.sh` besides --oracles; quoted in fmeta/continual/README.md.
+Needs `./launch/peers.sh` besides --oracles; see fmeta/continual/README.md.
 """
 
 import importlib.util
