@@ -12,6 +12,7 @@ from fmeta.errors import UsageError
 # The second half of a Philox key: streams that share a seed stay independent.
 EPOCH, BATCH_ORDER, EPISODE, LABEL_SHUFFLE, PIXELS = range(1, 6)
 SPLIT, VARIANT, VARIED, DOMAIN = range(6, 10)
+CLASS_ORDER, TASK_ORDER, BLUR, DRIFT, NOISE = range(10, 15)
 
 
 def random_words(seed: int, stream: int, start: int, count: int) -> np.ndarray:

@@ -53,9 +53,11 @@ def test_there_are_ten_shifts_six_of_the_image():
 def test_corruptions_do_what_they_are_called():
   image = COLUMNS['image'][:1]
   assert abs((shifts.gaussian_noise(0.5 + 0 * image) - 0.5).std() - 0.1) < 0.01
-  assert shifts.gaussian_blur(image).std() < 0.5 * image.std()
+  assert shifts.CORRUPTIONS['gaussian_blur'](image).std() < 0.5 * image.std()
   np.testing.assert_allclose(
-    shifts.contrast(image).std((1, 2)), 0.15 * image.std((1, 2)), rtol=1e-5
+    shifts.CORRUPTIONS['contrast'](image).std((1, 2)),
+    0.15 * image.std((1, 2)),
+    rtol=1e-5,
   )
   colour = np.zeros((1, 1, 2, 3))
   colour[0, 0, 0] = 0.4, 0.2, 0.0
@@ -64,7 +66,9 @@ def test_corruptions_do_what_they_are_called():
   small = Image.fromarray(np.round(255 * image[0]).astype(np.uint8))
   small = np.asarray(small.resize((20, 20), Image.Resampling.BOX))
   colours = {tuple(c) for c in small.reshape(-1, 3)}
-  blocks = np.round(255 * shifts.pixelate(image)[0]).astype(np.uint8)
+  blocks = np.round(255 * shifts.CORRUPTIONS['pixelate'](image)[0]).astype(
+    np.uint8
+  )
   assert {tuple(c) for c in blocks.reshape(-1, 3)} <= colours
   assert shifts.label_merge(np.arange(4)).tolist() == [0, 0, 2, 2]
   assert shifts.label_flip(np.arange(4)).tolist() == [9, 8, 7, 6]

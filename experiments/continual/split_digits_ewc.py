@@ -93,14 +93,10 @@ def tasks_of(columns: data.Columns, scenario: str) -> list[streams.Task]:
   """The pairs of digits; each row knows the classes of its task."""
   relabel = scenario == 'domain'
   tasks = streams.by_classes(columns, PAIRS, relabel=relabel)
-  allowed = streams.class_mask(PAIRS, 10)
-  out = []
-  for task, mask in zip(tasks, allowed, strict=True):
-    rows = dict(task.columns)
-    if scenario == 'task':
-      rows['allowed'] = np.tile(mask, (len(rows['label']), 1))
-    out.append(streams.Task(task.name, rows))
-  return out
+  if scenario != 'task':
+    return tasks
+  known = streams.allowed_classes(PAIRS, 10, 'task')
+  return streams.with_allowed(tasks, known)
 
 
 def open_bench(config: Config) -> Bench:

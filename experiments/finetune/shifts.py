@@ -12,11 +12,11 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-import scipy.ndimage
 from flax import linen as nn
 from PIL import Image
 
 from fmeta.models import IMAGE, ResNet, forward
+from fmeta.stream import CORRUPTIONS as WITH_SEVERITY
 from fmeta.types import Forward
 
 Columns = dict[str, np.ndarray]
@@ -33,11 +33,6 @@ def gaussian_noise(image: np.ndarray) -> np.ndarray:
   return np.clip(image + noise, 0, 1)
 
 
-def gaussian_blur(image: np.ndarray) -> np.ndarray:
-  """A Gaussian of one pixel over space."""
-  return scipy.ndimage.gaussian_filter(image, (0, 1, 1, 0))
-
-
 def brightness(image: np.ndarray) -> np.ndarray:
   """The value of HSV plus 0.3; hue and saturation stay."""
   value = image.max(-1, keepdims=True)
@@ -47,27 +42,10 @@ def brightness(image: np.ndarray) -> np.ndarray:
   return np.where(value > 0, scaled, raised)
 
 
-def contrast(image: np.ndarray) -> np.ndarray:
-  """A seventh of the distance to each channel's mean (0.15)."""
-  mean = image.mean((1, 2), keepdims=True)
-  return np.clip((image - mean) * 0.15 + mean, 0, 1)
-
-
 def _each(change: Callable[[Image.Image], Image.Image], images: np.ndarray):
   pixels = np.round(255 * images).astype(np.uint8)
   changed = [np.asarray(change(Image.fromarray(one))) for one in pixels]
   return np.stack(changed).astype(np.float32) / 255
-
-
-def _pixelated(image: Image.Image) -> Image.Image:
-  side = int(image.width * 0.65)
-  small = image.resize((side, side), Image.Resampling.BOX)
-  return small.resize(image.size, Image.Resampling.NEAREST)
-
-
-def pixelate(image: np.ndarray) -> np.ndarray:
-  """Through 0.65 of the side and back."""
-  return _each(_pixelated, image)
 
 
 def _compressed(image: Image.Image) -> Image.Image:
@@ -99,10 +77,12 @@ def factors(stage: str, channels: int) -> np.ndarray:
 
 CORRUPTIONS = {
   'gaussian_noise': gaussian_noise,
-  'gaussian_blur': gaussian_blur,
+  'gaussian_blur': functools.partial(
+    WITH_SEVERITY['gaussian_blur'], severity=5
+  ),
   'brightness': brightness,
-  'contrast': contrast,
-  'pixelate': pixelate,
+  'contrast': functools.partial(WITH_SEVERITY['contrast'], severity=5),
+  'pixelate': functools.partial(WITH_SEVERITY['pixelate'], severity=5),
   'jpeg': jpeg,
 }
 RELABELLINGS = {'label_flip': label_flip, 'label_merge': label_merge}
