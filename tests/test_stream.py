@@ -143,28 +143,93 @@ def test_tasks_that_do_not_fit_together_are_refused():
     stream.joint([])
 
 
-def test_permuted_pixels_move_together_in_every_image_and_split():
-  image = np.arange(2 * 3 * 4 * 2).reshape(2, 3, 4, 2)
-  label = np.array([1, 0])
-  out = stream.permuted({'image': image, 'label': label}, 1)
-  assert out['label'] is label
-  flat, moved = image.reshape(2, 12, 2), out['image'].reshape(2, 12, 2)
-  # Where pixel 0 of the first image went tells where all of them did.
-  order = [int(np.flatnonzero(flat[0, :, 0] == v)[0]) for v in moved[0, :, 0]]
-  assert sorted(order) == list(range(12)) and order != list(range(12))
-  np.testing.assert_array_equal(moved, flat[:, order])
-  again = stream.permuted({'image': image[1:]}, 1)
-  np.testing.assert_array_equal(again['image'][0], out['image'][1])
+def test_tasks_of_other_image_sizes_are_refused():
+  first = stream.Task('a', {'image': np.zeros((2, 8, 8, 1))})
+  second = stream.Task('b', {'image': np.zeros((2, 9, 9, 1))})
+  with pytest.raises(UsageError, match=r"'b' has rows of .*\(9, 9, 1\)"):
+    stream.joint([first, second])
 
 
-def test_other_seeds_permute_otherwise():
-  image = np.arange(49).reshape(1, 7, 7, 1)
-  first, second = (
-    stream.permuted({'image': image}, seed)['image'] for seed in (1, 2)
-  )
-  assert not np.array_equal(first, second)
+def test_a_column_of_numbers_that_names_the_task_is_left_out_unless_kept():
+  columns = make_columns()
+  columns['user'] = columns['row'] % 2
+  for task in stream.by_column(columns, 'user'):
+    assert set(task.columns) == {'label', 'domain', 'row'}
+  kept = stream.by_column(columns, 'user', keep=True)
+  assert [set(t.columns['user'].tolist()) for t in kept] == [{0}, {1}]
+  first, second = stream.split_stream(columns, columns, 'user', keep=True)
+  assert 'user' in first[0].columns and 'user' in second[1].columns
+  assert 'domain' in stream.by_column(columns, 'domain')[0].columns
 
 
-def test_images_without_channels_are_refused():
-  with pytest.raises(UsageError, match=r'shape \(2, 4, 4\); give \[N, H'):
-    stream.permuted({'image': np.zeros((2, 4, 4))}, 0)
+def test_class_orders_hold_every_class_once_and_are_the_same_everywhere():
+  groups = stream.class_orders(10, 5, 0)
+  assert [len(group) for group in groups] == [2] * 5
+  assert sorted(sum(groups, ())) == list(range(10))
+  # Fixed for good: results name their order by its seed.
+  assert groups == [(1, 8), (2, 6), (9, 5), (7, 4), (3, 0)]
+  assert stream.class_orders(10, 5, 1) != groups
+  assert [len(g) for g in stream.class_orders(7, 3, 0)] == [3, 2, 2]
+  with pytest.raises(UsageError, match='3 classes do not make 4 tasks'):
+    stream.class_orders(3, 4, 0)
+
+
+def test_task_orders_are_permutations():
+  orders = {tuple(stream.task_order(10, seed)) for seed in range(5)}
+  assert len(orders) == 5
+  assert all(sorted(order) == list(range(10)) for order in orders)
+
+
+def test_what_may_be_answered_follows_the_scenario():
+  groups = [[0, 2], [3], [1]]
+  task = stream.allowed_classes(groups, 5, 'task')
+  np.testing.assert_array_equal(task, stream.class_mask(groups, 5))
+  seen = stream.allowed_classes(groups, 5, 'class')
+  assert [np.flatnonzero(row).tolist() for row in seen] == [
+    [0, 2],
+    [0, 2, 3],
+    [0, 1, 2, 3],
+  ]
+  assert stream.allowed_classes(groups, 5, 'none').all()
+  with pytest.raises(UsageError, match="'clas'; did you mean 'class'"):
+    stream.allowed_classes(groups, 5, 'clas')
+
+
+def test_masks_travel_with_the_examples():
+  columns = make_columns()
+  groups = [[4, 0], [1, 2], [5, 3]]
+  tasks = stream.by_classes(columns, groups)
+  seen = stream.allowed_classes(groups, 6, 'class')
+  train = stream.with_allowed(tasks, seen)
+  for task, mask in zip(train, seen, strict=True):
+    size = len(task.columns['label'])
+    np.testing.assert_array_equal(task.columns['allowed'], [mask] * size)
+  # Tested after the last task: all classes of the stream, whatever the task.
+  for task in stream.with_allowed(tasks, seen[-1]):
+    assert task.columns['allowed'].all()
+  assert 'allowed' not in tasks[0].columns
+  with pytest.raises(UsageError, match='label . of task .task_1. is not among'):
+    stream.with_allowed(tasks, seen[0])
+  with pytest.raises(UsageError, match='2 masks for 3 tasks'):
+    stream.with_allowed(tasks, seen[:2])
+  with pytest.raises(UsageError, match=r'int64 \(3, 6\); give bool'):
+    stream.with_allowed(tasks, seen.astype(int))
+
+
+def test_data_sets_become_tasks_with_classes_of_their_own():
+  sources = {
+    'digits': {'label': np.array([0, 1, 2], np.int8)},
+    'letters': {'label': np.array([1, 0], np.int8)},
+  }
+  first, second = stream.of_datasets(sources, [3, 2])
+  assert (first.name, second.name) == ('digits', 'letters')
+  assert first.columns['label'].tolist() == [0, 1, 2]
+  assert second.columns['label'].tolist() == [4, 3]
+  assert second.columns['label'].dtype == np.int8
+  assert sources['letters']['label'].tolist() == [1, 0]
+  shared = stream.of_datasets(sources)
+  assert shared[1].columns['label'].tolist() == [1, 0]
+  with pytest.raises(UsageError, match='label 2 of row 2 is out of range'):
+    stream.of_datasets(sources, [2, 2])
+  with pytest.raises(UsageError, match='1 numbers of classes for 2 data sets'):
+    stream.of_datasets(sources, [3])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fmeta.draw import BLUR, permutation
+from fmeta.draw import BLUR, permutation, random_words
 from fmeta.errors import UsageError
 from fmeta.stream.tasks import Task, check_alike, joint
 
@@ -73,8 +73,8 @@ def _given(task, position, percent, seed, disjoint) -> np.ndarray:
 def _dealt(owner: np.ndarray, names: Sequence[str], seed: int) -> np.ndarray:
   """For each given row who gets it: as many as they gave, none their own.
 
-  A shuffle; then each row that came back to its owner is swapped with the next
-  one where that leaves neither with their own.
+  A shuffle; then each row that came back to its owner is swapped with a random
+  one of those where that leaves neither with their own.
   """
   counts = np.bincount(owner, minlength=len(names))
   if 2 * counts.max() > counts.sum():
@@ -84,12 +84,12 @@ def _dealt(owner: np.ndarray, names: Sequence[str], seed: int) -> np.ndarray:
       f' {counts.sum() - counts.max()} together; lower the percentage or even'
       ' out the tasks'
     )
-  getter = owner[permutation(seed, BLUR, 0, len(owner))]
+  getter = owner[permutation(seed, BLUR, len(names) + 1, len(owner))]
+  words = random_words(seed, BLUR, 0, len(owner))
   for at in np.flatnonzero(owner == getter):
     if owner[at] != getter[at]:  # an earlier swap has moved it
       continue
-    free = (owner != getter[at]) & (getter != owner[at])
-    # From `at` on and around, so that no place is favoured.
-    other = (at + np.flatnonzero(np.roll(free, -at))[0]) % len(owner)
+    free = np.flatnonzero((owner != owner[at]) & (getter != owner[at]))
+    other = free[int(words[at]) % len(free)]
     getter[[at, other]] = getter[[other, at]]
   return getter
