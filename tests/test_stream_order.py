@@ -264,6 +264,7 @@ def test_a_drifting_stream_repeats_no_example_before_all_were_seen():
     for start in range(0, len(task), 10):
       epoch = task[start : start + 10]
       assert len(set(epoch.tolist())) == len(epoch)
+    assert (task[:10] != task[10:20]).any()
   assert len(rows) == 50
 
 

@@ -16,6 +16,17 @@ def vector(values: ArrayLike, name: str) -> np.ndarray:
   return array
 
 
+def finite_vector(values: ArrayLike, name: str) -> np.ndarray:
+  """`values` as floats [N] without NaN or infinity, or a `UsageError`."""
+  array = vector(values, name).astype(np.float64)
+  wrong = np.flatnonzero(~np.isfinite(array))
+  if wrong.size:
+    raise UsageError(
+      f'{name}[{wrong[0]}] is {array[wrong[0]]}; give finite numbers'
+    )
+  return array
+
+
 def same_length(first: np.ndarray, second: np.ndarray, what: str) -> None:
   """Refuses two arrays of different length."""
   if len(first) != len(second):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fmeta.errors import UsageError
-from fmeta.metrics.checks import same_length, vector
+from fmeta.metrics.checks import finite_vector, same_length, vector
 
 
 def _matrix(accuracy: ArrayLike, least: int) -> np.ndarray:
@@ -52,6 +52,48 @@ def average_accuracy(accuracy: ArrayLike) -> float:
   return float(_matrix(accuracy, 1)[-1].mean())
 
 
+def learning_accuracy(accuracy: ArrayLike) -> float:
+  """Mean over tasks right after each is learned: 1/T sum_j R[j, j].
+
+  (Riemer et al. 2019, https://arxiv.org/abs/1810.11910.)
+  """
+  return float(np.diag(_matrix(accuracy, 1)).mean())
+
+
+def average_over_time(accuracy: ArrayLike) -> np.ndarray:
+  """[T], mean over the tasks seen so far: A[i] = 1/i sum_{j<=i} R[i, j]."""
+  matrix = _matrix(accuracy, 1)
+  seen = np.tril(np.ones(matrix.shape, bool))
+  return np.where(seen, matrix, 0.0).sum(1) / seen.sum(1)
+
+
+def anytime_accuracy(accuracy: ArrayLike) -> float:
+  """Mean over the stream of the accuracy on all tasks seen so far.
+
+  1/T sum_i 1/i sum_{j<=i} R[i, j], also known as average incremental accuracy
+  (Rebuffi et al. 2017, https://arxiv.org/abs/1611.07725, where classes
+  take the place of tasks: the two agree if tasks have as many test examples).
+  """
+  return float(average_over_time(accuracy).mean())
+
+
+def intransigence(accuracy: ArrayLike, reference: ArrayLike) -> float:
+  """Mean of what is missing on a task when it has just been learned.
+
+  I = 1/T sum_j (b[j] - R[j, j]), the mean of the I_k of Chaudhry et al. 2018
+  (https://arxiv.org/abs/1801.10112); negative where the stream does better.
+
+  Args:
+    accuracy: [T, T].
+    reference: [T], accuracy on task j of a model trained on tasks 1..j
+      together.
+  """
+  matrix = _matrix(accuracy, 1)
+  reference = finite_vector(reference, 'reference')
+  same_length(matrix, reference, 'accuracy and reference')
+  return float((reference - np.diag(matrix)).mean())
+
+
 def backward_transfer(accuracy: ArrayLike) -> float:
   """Mean change on earlier tasks after the last one is learned.
 
@@ -72,7 +114,7 @@ def forward_transfer(accuracy: ArrayLike, baseline: ArrayLike) -> float:
     baseline: [T], accuracy of the initial, untrained model on each task.
   """
   matrix = _matrix(accuracy, 2)
-  baseline = vector(baseline, 'baseline')
+  baseline = finite_vector(baseline, 'baseline')
   same_length(matrix, baseline, 'accuracy and baseline')
   before = np.diag(matrix, k=1)
   if np.isnan(before).any():

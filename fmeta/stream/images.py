@@ -74,7 +74,7 @@ def _turned(image: np.ndarray, degrees: float) -> np.ndarray:
   whole = image.dtype.kind in 'biu'
   values = image.astype(np.float32) if whole else image
   turned = scipy.ndimage.rotate(
-    values, degrees, axes=(2, 1), reshape=False, order=1, prefilter=False
+    values, degrees, axes=(1, 2), reshape=False, order=1, prefilter=False
   )
   return (np.rint(turned) if whole else turned).astype(image.dtype)
 
