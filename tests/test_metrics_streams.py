@@ -1,5 +1,7 @@
 """Metrics of streams on matrices and curves computed by hand."""
 
+import types
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -53,6 +55,15 @@ def test_intransigence_is_what_the_joint_model_has_more_on_the_diagonal():
 def test_minimum_accuracy_is_the_worst_after_a_tasks_own_end():
   # Task 0: .3 after step 2; task 1: .2 after step 6, not the .1 at step 3.
   assert metrics.minimum_accuracy(CURVES) == pytest.approx(0.25)
+
+
+def test_a_tasks_own_end_is_not_yet_after_it():
+  curves = metrics.Curves(
+    np.array([1, 2, 3]),
+    np.array([[0.5, NAN], [0.8, 0.1], [0.9, 0.7]]),
+    np.array([1, 3]),
+  )
+  assert metrics.minimum_accuracy(curves) == 0.8
 
 
 def test_worst_case_accuracy_adds_the_last_task_as_it_is():
@@ -181,6 +192,26 @@ def test_the_difference_of_any_metric_can_be_taken():
     worse, matrices(0.0), metrics.forgetting_chaudhry
   )
   np.testing.assert_allclose(found, [0.1, 0.1, 0.1])
+
+
+def test_the_cost_of_a_fit_counts_steps_rows_bytes_and_new_leaves():
+  state = types.SimpleNamespace(
+    memory={'rows': np.zeros((5, 2), np.float32), 'seen': np.int32(5)},
+    penalty_state={'anchor': np.zeros(3, np.float32)},
+  )
+  fitted = types.SimpleNamespace(
+    steps=10, flops_per_step=7.0, state=state, params={'a': np.zeros((4, 3))}
+  )
+  assert metrics.cost_of(fitted, 32, 8, seconds=2.5) == metrics.Cost(
+    examples=320,
+    flops=70,
+    seconds=2.5,
+    memory_bytes=40 + 4 + 12,
+    parameters_added=4,
+  )
+  unknown = fitted
+  unknown.flops_per_step = None
+  assert metrics.cost_of(unknown, 32, 12).flops is None
 
 
 def test_costs_average_what_all_runs_have():

@@ -7,7 +7,7 @@ from fmeta.metrics.classification import (
   expected_calibration_error,
   macro_f1,
 )
-from fmeta.metrics.cost import Cost, mean_cost
+from fmeta.metrics.cost import Cost, cost_of, mean_cost
 from fmeta.metrics.curves import (
   Curves,
   accuracy_at_ends,
@@ -47,6 +47,7 @@ __all__ = (
   'expected_calibration_error',
   'macro_f1',
   'Cost',
+  'cost_of',
   'mean_cost',
   'Curves',
   'accuracy_at_ends',

@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+import jax
 
 from fmeta.errors import UsageError
 
@@ -12,7 +15,7 @@ class Cost:
 
   Attributes:
     examples: seen in training, repetitions and replayed ones counted.
-    flops: of all steps and consolidations.
+    flops: of all training steps; what a task's end computes is not in it.
     seconds: of training.
     memory_bytes: of remembered data and of what a penalty keeps.
     parameters_added: parameters beyond those of the model.
@@ -44,3 +47,29 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
     if None not in values:
       means[field.name] = sum(values) / len(values)
   return Cost(**means)
+
+
+def cost_of(
+  fitted: Any,
+  examples_per_step: int,
+  parameters: int,
+  seconds: float | None = None,
+) -> Cost:
+  """The cost of a `train.fit` with one kind of step.
+
+  Args:
+    fitted: what `fit` returned.
+    examples_per_step: rows of a batch, and remembered rows that join it.
+    parameters: of the model itself; the rest of `fitted.params` was added.
+    seconds: of training.
+  """
+  flops = fitted.flops_per_step
+  kept = (fitted.state.memory, fitted.state.penalty_state)
+  held = sum(x.size for x in jax.tree.leaves(fitted.params))
+  return Cost(
+    examples=fitted.steps * examples_per_step,
+    flops=None if flops is None else fitted.steps * flops,
+    seconds=seconds,
+    memory_bytes=sum(x.nbytes for x in jax.tree.leaves(kept)),
+    parameters_added=held - parameters,
+  )

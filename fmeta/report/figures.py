@@ -167,7 +167,7 @@ def curves(
   with style.house():
     figure = Figure((style.WIDTH, 4.4), layout='constrained')
     axes = figure.add_subplot()
-    looks = itertools.cycle(zip(style.COLOURS, style.MARKERS, strict=True))
+    looks = map(style.look, itertools.count())
     ends = []
     for line in lines:
       colour, marker = (style.MUTED, '') if line.baseline else next(looks)
@@ -179,7 +179,7 @@ def curves(
     axes.set_title(title)
     axes.grid(color=style.FAINT)
     _integer_ticks(axes, sorted({x for line in lines for x in line.x}))
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return style.picture(figure, _curves_alt(lines, xlabel, ylabel))
 
 
@@ -233,18 +233,18 @@ def _integer_ticks(axes: Axes, xs: list[float]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple]) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple]) -> None:
   """Names to the right of the axes, pushed apart where they would touch."""
   low, high = axes.get_ylim()
   step = 0.055 * (high - low)
-  right = axes.get_xlim()[1]
   places = _spread([y for _, y, _, _ in ends], step, low, high)
   for place, (x, y, name, colour) in zip(places, ends, strict=True):
     axes.annotate(
       textwrap.shorten(name, 30, placeholder='..'),
       (x, y),
-      xytext=(right + 0.03 * (right - axes.get_xlim()[0]), place),
-      textcoords='data',
+      xytext=(1.03, place),
+      # Across a share of the axes, so that a log scale will do as well.
+      textcoords=axes.get_yaxis_transform(),
       color=style.darker(colour),
       va='center',
       fontweight='bold',

@@ -19,12 +19,44 @@ def heatmap(
   matrix: ArrayLike, tasks: Sequence[str], *, title: str = ''
 ) -> Picture:
   """One accuracy matrix [T, T] in percent; NaN cells stay empty."""
+  return heatmaps({title: matrix}, tasks)
+
+
+def heatmaps(
+  matrices: Mapping[str, ArrayLike], tasks: Sequence[str]
+) -> Picture:
+  """Accuracy matrices of several methods on one colour scale.
+
+  Args:
+    matrices: title -> [T, T] in [0, 1]; NaN cells, tasks that were not learned
+      yet, stay empty.
+    tasks: names of the T tasks in order.
+
+  Raises:
+    UsageError: if there is none, or one has another shape.
+  """
+  if not matrices:
+    raise UsageError('no matrices to draw; give at least one')
+  across = min(len(matrices), 3 if len(tasks) <= 6 else 2)
+  across = across if len(tasks) <= 12 else 1
+  down = -(-len(matrices) // across)
+  # Room for 'after <name>', 8 points high and half as wide a letter.
+  names = 0.062 * (6 + max(len(style.short(task)) for task in tasks))
+  room = style.WIDTH - names - 0.35 * across
+  cell = min(0.55, room / across / len(tasks))
+  side = len(tasks) * cell
   with style.house():
-    side = 1.6 + 0.55 * len(tasks)
-    figure = Figure((side + 0.4, side), layout='constrained')
-    axes = figure.add_subplot()
-    _draw_matrix(axes, matrix, tasks, title, _scale([matrix]))
-    return style.picture(figure, _matrix_alt({title or 'stream': matrix}))
+    size = (names + across * (side + 0.35), down * (side + 0.75 * names + 0.5))
+    figure = Figure(size, layout='constrained')
+    grid = figure.subplots(down, across, squeeze=False)
+    scale = _scale(matrices.values())
+    for place, (name, matrix) in enumerate(matrices.items()):
+      axes = grid[place // across, place % across]
+      _draw_matrix(axes, matrix, tasks, name, scale, place % across == 0, cell)
+    for axes in grid.ravel()[len(matrices) :]:
+      axes.set_visible(False)
+    alt = _matrix_alt({name or 'stream': m for name, m in matrices.items()})
+    return style.picture(figure, alt)
 
 
 def _matrix_alt(matrices: Mapping[str, ArrayLike]) -> str:
@@ -44,7 +76,10 @@ def _scale(matrices: Iterable[ArrayLike]) -> tuple[float, float]:
   )
 
 
-def _draw_matrix(axes: Axes, matrix, tasks, title, scale, rows=True) -> None:
+def _draw_matrix(
+  axes: Axes, matrix, tasks, title, scale, rows=True, cell=0.55
+) -> None:
+  """Draws into axes whose cells are to be `cell` inches wide."""
   shown = 100 * np.asarray(matrix, float)
   if shown.shape != (len(tasks), len(tasks)):
     raise UsageError(
@@ -57,24 +92,26 @@ def _draw_matrix(axes: Axes, matrix, tasks, title, scale, rows=True) -> None:
   axes.set_xticks(edges, minor=True)
   axes.set_yticks(edges, minor=True)
   axes.grid(which='minor', color='white', lw=1.5)
-  below = [f'on {task}' for task in tasks]
+  names = [style.short(task) for task in tasks]
+  below = [f'on {name}' for name in names]
   axes.set_xticks(range(len(tasks)), below, rotation=45, ha='right', fontsize=8)
-  beside = [f'after {task}' for task in tasks] if rows else [''] * len(tasks)
+  beside = [f'after {name}' for name in names] if rows else [''] * len(tasks)
   axes.set_yticks(range(len(tasks)), beside, fontsize=8)
   axes.tick_params(which='both', length=0)
   axes.spines[:].set_visible(False)
-  axes.set_title(title, fontsize=10)
-  if len(tasks) <= 8:  # with more the numbers would touch
-    _draw_numbers(axes, shown, low + 0.6 * (high - low))
+  axes.set_title(style.short(title, max(12, int(13 * cell * len(tasks)))))
+  font = min(8.0, 30 * cell)  # '100' fills at most three quarters of a cell
+  if font >= 4.5:
+    _draw_numbers(axes, shown, low + 0.6 * (high - low), font)
 
 
-def _draw_numbers(axes: Axes, shown: np.ndarray, dark: float) -> None:
+def _draw_numbers(
+  axes: Axes, shown: np.ndarray, dark: float, font: float
+) -> None:
   for (i, j), value in np.ndenumerate(shown):
     if np.isfinite(value):
-      colour = 'white' if value > dark else style.INK
-      axes.text(
-        j, i, f'{value:.0f}', ha='center', va='center', fontsize=8, color=colour
-      )
+      look = {'color': 'white' if value > dark else style.INK, 'fontsize': font}
+      axes.text(j, i, f'{value:.0f}', ha='center', va='center', **look)
 
 
 def stream(
@@ -118,7 +155,8 @@ def stream(
       scale = _scale(matrices.values())
       grid = parts[1].subplots(1, len(matrices), squeeze=False)[0]
       for i, (name, matrix) in enumerate(matrices.items()):
-        _draw_matrix(grid[i], matrix, tasks, name, scale, rows=i == 0)
+        cell = (style.WIDTH - 1.0) / len(matrices) / (len(tasks) + 0.5)
+        _draw_matrix(grid[i], matrix, tasks, name, scale, i == 0, cell)
     alt = [bars_alt(rows, metric), _forgetting_alt(rows)]
     alt += [_matrix_alt(matrices)] if matrices else []
     return style.picture(figure, ' '.join(alt))

@@ -54,6 +54,17 @@ def house() -> contextlib.AbstractContextManager:
   return matplotlib.rc_context(_RULES)
 
 
+def look(index: int) -> tuple[str, str]:
+  """Colour and marker of the index-th line; no two of 36 share both."""
+  turn = index // len(COLOURS)
+  return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
+
+
+def short(name: str, width: int = 16) -> str:
+  """The name, or its beginning and two dots."""
+  return name if len(name) <= width else name[: width - 2] + '..'
+
+
 def darker(colour: str) -> tuple[float, ...]:
   """A colour for text: the palette's light ones are faint on white."""
   return tuple(0.72 * part for part in matplotlib.colors.to_rgb(colour))
