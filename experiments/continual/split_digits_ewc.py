@@ -152,8 +152,14 @@ def final(bench: Bench, context: Context, method: str, seed: int) -> dict:
       quiet=True,
       **placement(context),
     )
+    replayed = recipe.replayed if method == 'replay' else 0
+    spent = metrics.cost_of(
+      fitted, config.batch_size + replayed, fmeta.tree.size(params)
+    )
     return {
       'matrix': fitted.matrix,
+      'tasks': list(PAIRS),
+      'cost': dataclasses.asdict(spent),
       'product': methods.divergence_product(recipe, setting, fitted),
       'steps': fitted.steps,
       'trainable': fmeta.tree.size(fitted.state.trainable),

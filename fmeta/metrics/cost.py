@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
+from fmeta import tree
 from fmeta.errors import UsageError
 
 
@@ -65,11 +64,10 @@ def cost_of(
   """
   flops = fitted.flops_per_step
   kept = (fitted.state.memory, fitted.state.penalty_state)
-  held = sum(x.size for x in jax.tree.leaves(fitted.params))
   return Cost(
     examples=fitted.steps * examples_per_step,
     flops=None if flops is None else fitted.steps * flops,
     seconds=seconds,
-    memory_bytes=sum(x.nbytes for x in jax.tree.leaves(kept)),
-    parameters_added=held - parameters,
+    memory_bytes=tree.num_bytes(kept),
+    parameters_added=tree.size(fitted.params) - parameters,
   )

@@ -41,13 +41,13 @@ def heatmaps(
   across = across if len(tasks) <= 12 else 1
   down = -(-len(matrices) // across)
   # Room for 'after <name>', 8 points high and half as wide a letter.
-  names = 0.062 * (6 + max(len(style.short(task)) for task in tasks))
+  names = 0.1 + 0.066 * (6 + max(len(style.short(t)) for t in tasks))
   room = style.WIDTH - names - 0.35 * across
   cell = min(0.55, room / across / len(tasks))
   side = len(tasks) * cell
   with style.house():
     size = (names + across * (side + 0.35), down * (side + 0.75 * names + 0.5))
-    figure = Figure(size, layout='constrained')
+    figure = Figure(size, layout='compressed')
     grid = figure.subplots(down, across, squeeze=False)
     scale = _scale(matrices.values())
     for place, (name, matrix) in enumerate(matrices.items()):

@@ -144,7 +144,7 @@ def _class(name: str) -> str:
 def _closing(facts: Mapping[str, Any], notes: Sequence[str]) -> str:
   paragraphs = ''.join(f'<p class="note">{safe(note)}</p>\n' for note in notes)
   listed = ''.join(
-    f'<dt>{safe(name)}</dt><dd>{safe(_fact(value))}</dd>\n'
+    f'<dt>{safe(name)}</dt><dd>{safe(fact(value))}</dd>\n'
     for name, value in facts.items()
   )
   protocol = f'<h2>Protocol</h2>\n{paragraphs}' if notes else ''
@@ -155,10 +155,10 @@ def _closing(facts: Mapping[str, Any], notes: Sequence[str]) -> str:
   )
 
 
-def _fact(value: Any) -> str:
+def fact(value: Any) -> str:
   """Mappings and lists as short text, the rest as it prints."""
   if isinstance(value, Mapping):
-    return ', '.join(f'{name} {_fact(item)}' for name, item in value.items())
+    return ', '.join(f'{name} {fact(item)}' for name, item in value.items())
   if isinstance(value, (list, tuple)):
-    return ', '.join(map(_fact, value))
+    return ', '.join(map(fact, value))
   return value if isinstance(value, str) else json.dumps(value, default=str)
