@@ -44,17 +44,18 @@ def made(folder, methods, seeds=3, **more):
 
 
 def test_cells_of_twenty_tasks_carry_numbers_and_unlearned_ones_are_blank():
-  axes = axes_of()
-  matrix = np.where(np.tri(20, dtype=bool), 0.5, np.nan)
-  cell = (style.WIDTH - 1.5) / 20
+  matrix = np.where(np.tri(20, dtype=bool), 1.0, np.nan)
   names = [f'task {k}' for k in range(20)]
-  matrices._draw_matrix(axes, matrix, names, 'naive', (40, 60), cell=cell)
-  places = {text.get_position() for text in axes.texts}
-  assert places == {(j, i) for i in range(20) for j in range(i + 1)}
-  width = max(len(t.get_text()) * t.get_fontsize() for t in axes.texts)
-  assert width < 72 * cell  # a letter is narrower than high
-  blank = axes.images[0].get_array()
-  assert np.ma.getmaskarray(blank).sum() == 190
+  for cell in (0.16, 0.25, 0.37, 0.55):
+    axes = axes_of()
+    matrices._draw_matrix(axes, matrix, names, 'naive', (90, 110), cell=cell)
+    places = {text.get_position() for text in axes.texts}
+    assert places == {(j, i) for i in range(20) for j in range(i + 1)}
+    # Digits of DejaVu Sans are 0.64 of their size wide.
+    wide = {0.64 * 3 * text.get_fontsize() for text in axes.texts}
+    assert max(wide) < 0.85 * 72 * cell
+    blank = axes.images[0].get_array()
+    assert np.ma.getmaskarray(blank).sum() == 190
 
 
 def test_matrices_share_one_scale_and_fit_the_page():
@@ -91,7 +92,8 @@ def test_averages_are_those_of_the_tasks_seen_with_a_t_band(monkeypatch):
 
 def test_a_task_is_drawn_from_where_it_is_learned():
   axes = axes_of()
-  runs_of = {'a': [STREAM, STREAM + 0.1], 'b': [STREAM]}
+  full = np.where(np.isnan(STREAM), 0.1, STREAM)  # measured before, too
+  runs_of = {'a': [full, full + 0.1], 'b': [full]}
   progress._draw_task(axes, runs_of, 1, np.array([1, 2, 3]), 2.0)
   mark, first, second = axes.get_lines()
   assert list(mark.get_xdata()) == [2, 2]
@@ -256,6 +258,19 @@ def test_one_seed_gives_a_page_without_intervals(tmp_path):
     'forgetting (Chaudhry)',
     'backward transfer',
   }
+
+
+def test_seeds_that_only_one_method_has_are_left_out_of_the_difference(
+  tmp_path,
+):
+  made(tmp_path, {'none': 0.0}, seeds=2)
+  made(tmp_path, {'ewc': 0.05}, seeds=4)
+  out = tmp_path / 'page.html'
+  assert command.main([str(tmp_path), f'--out={out}']) == 0
+  cells = cells_of(out)
+  assert cells['ewc']['seeds'] == '4' and cells['none']['seeds'] == '2'
+  # Seeds 0 and 1: .0500 and .0505.
+  assert cells['ewc']['accuracy minus none'].startswith('+5.0 (')
 
 
 def test_a_stream_of_one_task_has_a_page_too(tmp_path):
