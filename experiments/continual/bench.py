@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fmeta
@@ -134,12 +133,3 @@ class Bench:
   def program(self, learner: fmeta.Learner) -> train.Resident:
     """The learner's steps on images that stay on the device."""
     return train.Resident(learner, self.columns)
-
-
-def now_allowed(batch: Any, rows: Any, valid: Any) -> Any:
-  """`fmeta.append` in a class scenario: old rows get the mask of today."""
-  size = valid.shape[0]
-  mask = jnp.broadcast_to(
-    batch['allowed'][:1], (size, *batch['allowed'][0].shape)
-  )
-  return fmeta.append(batch, {**rows, 'allowed': mask}, valid)

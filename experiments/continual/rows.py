@@ -1,11 +1,16 @@
-"""The rows of the table: what each method adds to the one step."""
+"""The rows of a table: what each method adds to the one step."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 import fmeta
-from experiments.continual.bench import Bench, now_allowed
-from fmeta import optim
+from experiments.continual.bench import Bench
+from fmeta import continual, memory, optim, penalty
+
+DECADES = tuple(10.0**k for k in range(1, 12))
 
 
 class Recipe(NamedTuple):
@@ -23,20 +28,25 @@ class Recipe(NamedTuple):
   batch_size: int
   memory_size: int
 
-  def finetune(self, **options: object) -> fmeta.Learner:
+  def finetune(self, loss: Any = None, **options: Any) -> fmeta.Learner:
     """The step itself."""
-    loss = options.pop('loss', self.bench.loss)
+    loss = self.bench.loss if loss is None else loss
     return fmeta.finetune(loss, optim.adam(self.rate), **options)
 
-  def replay(self, learner: fmeta.Learner, size: int) -> fmeta.Learner:
-    """Fed from a reservoir as well."""
-    by_stage = self.bench.scenario == 'class'
-    return fmeta.rehearse(
-      learner,
-      fmeta.reservoir(self.memory_size, self.bench.spec()),
-      size,
-      mix=now_allowed if by_stage else fmeta.append,
-    )
+  def mix(self, how: Callable) -> Callable:
+    """Old rows may answer what new ones may, where that is the classes seen."""
+    return continual.today(how) if self.bench.scenario == 'class' else how
+
+  def replay(
+    self, learner: fmeta.Learner, size: int, how: Callable = fmeta.append
+  ) -> fmeta.Learner:
+    """Fed from a reservoir as well; `beside` also keeps the outputs."""
+    spec = self.bench.spec()
+    if how is fmeta.beside:
+      classes = self.bench.tasks.allowed.shape[1]
+      spec = {**spec, 'outputs': jax.ShapeDtypeStruct((classes,), np.float32)}
+    held = fmeta.reservoir(self.memory_size, spec)
+    return fmeta.rehearse(learner, held, size, mix=self.mix(how))
 
 
 class Row(NamedTuple):
@@ -49,6 +59,7 @@ class Row(NamedTuple):
     remembers: it looks at the task's data once more at its end.
     ends_task: it needs to be told of a task's end.
     share: of a batch that is new; the rest of the compute is replay's.
+    replayed: `recipe -> remembered rows a step`.
     at_once: trained on all tasks together.
   """
 
@@ -58,7 +69,12 @@ class Row(NamedTuple):
   remembers: bool = False
   ends_task: bool = False
   share: float = 1.0
+  replayed: Callable[[Recipe], int] = lambda recipe: 0
   at_once: bool = False
+
+  def new(self, recipe: Recipe) -> int:
+    """Rows of the stream a step."""
+    return int(recipe.batch_size * self.share)
 
 
 def _plain(recipe: Recipe, strength: float) -> fmeta.Learner:
@@ -66,23 +82,128 @@ def _plain(recipe: Recipe, strength: float) -> fmeta.Learner:
 
 
 def _ewc(recipe: Recipe, strength: float) -> fmeta.Learner:
-  return recipe.finetune(penalty=fmeta.ewc(strength))
+  return recipe.finetune(penalty=penalty.ewc(strength))
 
 
-def _replay(recipe: Recipe, strength: float) -> fmeta.Learner:
+def _online_ewc(recipe: Recipe, strength: float) -> fmeta.Learner:
+  return recipe.finetune(penalty=penalty.online_ewc(strength))
+
+
+def _si(recipe: Recipe, strength: float) -> fmeta.Learner:
+  return recipe.finetune(penalty=penalty.si(strength))
+
+
+def _mas(recipe: Recipe, strength: float) -> fmeta.Learner:
+  return recipe.finetune(penalty=penalty.mas(strength))
+
+
+def _rwalk(recipe: Recipe, strength: float) -> fmeta.Learner:
+  return recipe.finetune(penalty=penalty.rwalk(strength))
+
+
+def _lwf(recipe: Recipe, strength: float) -> fmeta.Learner:
+  bench = recipe.bench
+  heads = bench.tasks.allowed
+  if bench.scenario != 'task':
+    heads = np.ones((1, heads.shape[1]), bool)
+  return recipe.finetune(penalty=penalty.lwf(bench.forward, strength, heads))
+
+
+def _er(recipe: Recipe, strength: float) -> fmeta.Learner:
   return recipe.replay(recipe.finetune(), recipe.batch_size)
 
 
-def _replay_for_half(recipe: Recipe, strength: float) -> fmeta.Learner:
-  return recipe.replay(recipe.finetune(), recipe.batch_size // 2)
+def _er_for_half(recipe: Recipe, strength: float) -> fmeta.Learner:
+  return recipe.replay(recipe.finetune(), _half(recipe))
 
+
+def _half(recipe: Recipe) -> int:
+  return recipe.batch_size // 2
+
+
+def _as_many(recipe: Recipe) -> int:
+  return recipe.batch_size
+
+
+def _twice(recipe: Recipe) -> int:
+  return 2 * recipe.batch_size  # logits of one half, labels of the other
+
+
+def _der_plus_plus(recipe: Recipe, strength: float) -> fmeta.Learner:
+  bench = recipe.bench
+  # Half weight for labels: the value most of the paper's settings have.
+  loss = continual.der_plus_plus(
+    bench.forward, bench.criterion, strength, beta=0.5
+  )
+  return recipe.replay(recipe.finetune(loss), _twice(recipe), fmeta.beside)
+
+
+def _er_ace(recipe: Recipe, strength: float) -> fmeta.Learner:
+  bench = recipe.bench
+  loss = continual.er_ace(bench.forward, bench.criterion)
+  return recipe.replay(recipe.finetune(loss), recipe.batch_size, fmeta.beside)
+
+
+def _a_gem(recipe: Recipe, strength: float) -> fmeta.Learner:
+  learner = recipe.finetune(value_and_grad=continual.a_gem())
+  return _per_task(recipe, learner, _by_task(recipe))
+
+
+def _gem(recipe: Recipe, strength: float) -> fmeta.Learner:
+  learner = recipe.finetune(value_and_grad=continual.gem(strength))
+  held = _by_task(recipe)
+  whole = held._replace(sample=lambda state, size, rng: memory.task_rows(state))
+  return _per_task(recipe, learner, whole)
+
+
+def _rows_per_task(recipe: Recipe) -> int:
+  return max(recipe.memory_size // len(recipe.bench.tasks.train), 1)
+
+
+def _by_task(recipe: Recipe) -> fmeta.Memory:
+  tasks = len(recipe.bench.tasks.train)
+  return memory.per_task(tasks, _rows_per_task(recipe), recipe.bench.spec())
+
+
+def _per_task(
+  recipe: Recipe, learner: fmeta.Learner, held: fmeta.Memory
+) -> fmeta.Learner:
+  return fmeta.rehearse(
+    learner, held, _sampled(recipe), mix=recipe.mix(fmeta.beside)
+  )
+
+
+def _sampled(recipe: Recipe) -> int:
+  return min(recipe.batch_size, _whole(recipe))
+
+
+def _whole(recipe: Recipe) -> int:
+  return len(recipe.bench.tasks.train) * _rows_per_task(recipe)
+
+
+# What a method needs at a task's end.
+LOOKS = {'remembers': True}
+TOLD = {'ends_task': True}
 
 ROWS = {
   'none': Row('none', _plain),
   'joint': Row('joint', _plain, at_once=True),
-  'ewc': Row('EWC', _ewc, tuple(10.0**k for k in range(1, 12)), remembers=True),
-  'er': Row('ER', _replay),
-  'er_matched': Row('ER, equal compute', _replay_for_half, share=0.5),
+  'ewc': Row('EWC', _ewc, DECADES, **LOOKS),
+  'online_ewc': Row('online EWC', _online_ewc, DECADES, **LOOKS),
+  'si': Row('SI', _si, (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4), **TOLD),
+  'mas': Row('MAS', _mas, (1e-3, 0.01, 0.1, 1.0, 10.0, 100.0), **LOOKS),
+  'rwalk': Row('RWalk', _rwalk, (0.01, 0.1, 1.0, 10.0, 100.0), **LOOKS),
+  'lwf': Row('LwF', _lwf, (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), **LOOKS),
+  'er': Row('ER', _er, replayed=_as_many),
+  'er_matched': Row(
+    'ER, equal compute', _er_for_half, share=0.5, replayed=_half
+  ),
+  'er_ace': Row('ER-ACE', _er_ace, replayed=_as_many),
+  'der_plus_plus': Row(
+    'DER++', _der_plus_plus, (0.1, 0.2, 0.5, 1.0), replayed=_twice
+  ),
+  'a_gem': Row('A-GEM', _a_gem, **TOLD, replayed=_sampled),
+  'gem': Row('GEM', _gem, (0.0, 0.5), **TOLD, replayed=_whole),
 }
 
 

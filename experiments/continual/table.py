@@ -7,7 +7,7 @@ rows. The whole grid is printed.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -67,8 +67,9 @@ class Table:
     config: of the experiment.
     context: of the job.
     splits: 'train' and 'test'.
-    held_out: the last training rows, which a search validates on.
-    bench_of: `splits -> Bench`.
+    held_out: share of the training rows, the last, that a search validates on.
+    bench_of: `(splits, order) -> Bench`; the order of the tasks is a number.
+    reorders: whether each seed has an order of its own.
   """
 
   def __init__(
@@ -77,22 +78,34 @@ class Table:
     context: Context,
     splits: Splits,
     held_out: float,
-    bench_of: Callable[[Splits], Bench],
+    bench_of: Callable[[Splits, int], Bench],
+    reorders: bool = False,
   ):
     self.config, self.context, self.splits = config, context, splits
     self.held_out, self.bench_of = held_out, bench_of
     self.given = strengths_of(config.strengths)
-    self.bench = bench_of(splits)
+    self.reorders, self.bench = reorders, bench_of(splits, 0)
+    self._order = 0
+
+  def bench_of_seed(self, seed: int) -> Bench:
+    """The stream that a seed moves through."""
+    if self.reorders and seed != self._order:
+      self._order, self.bench = seed, self.bench_of(self.splits, seed)
+    return self.bench
+
+  def recipe(self, bench: Bench) -> rows.Recipe:
+    """What all rows share."""
+    config = self.config
+    return rows.Recipe(
+      bench, config.rate, config.batch_size, config.memory_size
+    )
 
   def fit(
     self, bench: Bench, name: str, strength: float, seed: int
   ) -> train.Fitted:
     """Moves through a stream once."""
     config, row = self.config, rows.ROWS[name]
-    recipe = rows.Recipe(
-      bench, config.rate, config.batch_size, config.memory_size
-    )
-    learner = row.learner(recipe, strength)
+    learner = row.learner(self.recipe(bench), strength)
     key = jax.random.key(config.seed.init + seed)
     last = len(bench.tasks.train) - 1
     return train.fit(
@@ -114,10 +127,9 @@ class Table:
   def stages(self, bench: Bench, row: rows.Row, seed: int) -> list[train.Stage]:
     """One per task, or one with all their steps."""
     config, tasks = self.config, bench.tasks.train
-    size = int(config.batch_size * row.share)
-    everything = range(len(tasks))
+    size = row.new(self.recipe(bench))
     if row.at_once:
-      batches = bench.batches(everything, size, seed)
+      batches = bench.batches(range(len(tasks)), size, seed)
       return [train.Stage('all', batches, config.iterations * len(tasks))]
     made = []
     for k, task in enumerate(tasks):
@@ -146,7 +158,7 @@ class Table:
       'train': data.take(whole, slice(cut)),
       'test': data.take(whole, slice(cut, None)),
     }
-    bench, tried = self.bench_of(held), {}
+    bench, tried = self.bench_of(held, SEARCH_SEED), {}
     for strength in row.grid:
 
       def run(strength=strength):
@@ -164,23 +176,30 @@ class Table:
     """The whole stream with one seed."""
 
     def run():
-      fitted = self.fit(self.bench, name, strength, seed)
-      state = fitted.state
+      bench, row = self.bench_of_seed(seed), rows.ROWS[name]
+      recipe = self.recipe(bench)
+      fitted = self.fit(bench, name, strength, seed)
+      parameters = jax.eval_shape(bench.start, jax.random.key(0))
+      cost = metrics.cost_of(
+        fitted,
+        row.new(recipe) + row.replayed(recipe),
+        fmeta.tree.size(parameters),
+      )
       return {
         'matrix': fitted.matrix,
+        'tasks': [task.name for task in bench.tasks.train],
+        'cost': dataclasses.asdict(cost),
         'steps': fitted.steps,
         'examples_per_second': fitted.examples_per_second,
         'flops_per_step': fitted.flops_per_step,
         'peak_bytes': fitted.peak_bytes,
-        'trainable': fmeta.tree.size(state.trainable),
-        'memory_bytes': fmeta.tree.num_bytes(state.memory),
-        'penalty_bytes': fmeta.tree.num_bytes(state.penalty_state),
+        'trainable': fmeta.tree.size(fitted.state.trainable),
       }
 
     where = f'{self.config.scenario}/{name}/seed_{seed}'
     return trial(self.context, where, run)
 
-  def measure(self, name: str) -> dict[str, Any]:
+  def measure(self, name: str) -> 'Measured':
     """A row: what was chosen, and a run per seed."""
     strength, tried = self.choose(name)
     if tried:
@@ -194,7 +213,7 @@ class Table:
         f'{name}, seed {seed}: {average:.2f} % in {runs[-1]["seconds"]:.0f} s',
         flush=True,
       )
-    return {'strength': strength, 'tried': tried, 'runs': runs}
+    return Measured(rows.ROWS[name], strength, runs)
 
 
 def check(config: Config) -> None:
@@ -233,11 +252,33 @@ def standard_error(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
   return float(np.mean(finals)), float(spread)
 
 
+def final_accuracy(matrix: Sequence[Sequence[float]]) -> float:
+  """Mean over tasks after the last, also of a method without a history."""
+  return float(np.mean(matrix[-1]))
+
+
+class Measured(NamedTuple):
+  """A row of the table.
+
+  Attributes:
+    row: what it is.
+    strength: chosen.
+    runs: a result per seed, with `matrix` and `seconds`.
+  """
+
+  row: rows.Row
+  strength: float
+  runs: list[dict[str, Any]]
+
+
 def shown(
-  table: Table, name: str, measured: dict[str, Any], published: float | None
+  name: str,
+  measured: Measured,
+  published: float | None,
+  reference: Measured | None,
 ) -> tuple[report.Row, dict[str, float], dict[str, tuple[float, float]]]:
   """The table's row, its numbers and their intervals."""
-  row, runs = rows.ROWS[name], measured['runs']
+  row, runs = measured.row, measured.runs
   average, error = standard_error(runs)
   ends = average - 1.96 * error, average + 1.96 * error
   # Trained on all at once, a method has no matrix over time.
@@ -245,50 +286,80 @@ def shown(
   learned = methods.summary(matrices) if matrices else {}
   numbers = {name: average, f'{name} standard error': error}
   numbers |= {f'{name} {key}': value for key, value in learned.items()}
-  first = runs[0]
+  ci95, difference = {name: ends}, None
+  if reference is not None and runs[1:]:
+    against = metrics.paired_difference(
+      dict(enumerate(run['matrix'] for run in runs)),
+      dict(enumerate(run['matrix'] for run in reference.runs)),
+      final_accuracy,
+    )
+    difference = (against.mean, *against.ci95)
+    numbers[f'{name} minus {reference.row.title}'] = against.mean
+    ci95[f'{name} minus {reference.row.title}'] = against.ci95
   made = report.Row(
     row.title,
     average,
     ends,
-    setting=f'{measured["strength"]:g}' if row.grid else '',
-    trainable=first['trainable'],
+    setting=f'{measured.strength:g}' if row.grid else '',
+    trainable=runs[0]['trainable'],
     seconds=float(np.mean([run['seconds'] for run in runs])),
-    baseline=name == 'none',
+    baseline=reference is None,
     ceiling=row.at_once,
+    difference=difference,
     more={
       'published': published,
       'forgetting': learned.get('forgetting (Chaudhry)'),
     },
   )
-  return made, numbers, {name: ends}
+  return made, numbers, ci95
 
 
 def run(
-  table: Table, title: str, published: Mapping[str, float], picture: str
+  table: Table,
+  title: str,
+  published: Mapping[str, float],
+  picture: str,
+  more: Mapping[str, Measured] | None = None,
 ) -> dict:
-  """All rows, the table and the matrices as a picture."""
-  config, bench = table.config, table.bench
-  made, numbers, ci95, matrices, last = [], {}, {}, {}, {}
+  """All rows, the table and the matrices as a picture.
+
+  Args:
+    table: with the methods of its config.
+    title: of the table.
+    published: method -> average accuracy.
+    picture: its file name in the workdir.
+    more: rows measured otherwise; differences are against the first of them,
+      or of all.
+  """
+  config, measured = table.config, dict(more or {})
   for name in config.methods:
-    measured = table.measure(name)
-    row, values, ends = shown(table, name, measured, published.get(name))
+    measured[name] = table.measure(name)
+  first = next(iter(measured))
+  made, numbers, ci95, matrices = [], {}, {}, {}
+  for name, found in measured.items():
+    against = None if name == first else measured[first]
+    row, values, ends = shown(name, found, published.get(name), against)
     made.append(row)
-    numbers, ci95, last = numbers | values, ci95 | ends, measured['runs'][0]
-    if not rows.ROWS[name].at_once:
-      matrices[row.name] = np.mean(
-        [metrics.accuracy_matrix(r['matrix']) for r in measured['runs']], axis=0
-      )
-  names = tuple(task.name for task in bench.tasks.train)
+    numbers, ci95 = numbers | values, ci95 | ends
+    if not found.row.at_once:
+      every = [metrics.accuracy_matrix(r['matrix']) for r in found.runs]
+      matrices[row.name] = np.mean(every, axis=0)
+  last = measured[config.methods[-1]].runs[0]
+  names = tuple(last['tasks'])
+  if table.reorders:
+    names = tuple(f'task {k + 1}' for k in range(len(names)))
   panel = report.Panel(
     title,
     f'How much is forgotten in the {config.scenario} scenario?',
     made,
-    f'mean over {config.seeds} seeds, 1.96 standard errors; '
-    f'{config.iterations} iterations a task, batches of {config.batch_size}, '
-    f'Adam {config.rate:g}; memory of {config.memory_size} rows; importance '
-    f'over {config.fisher_examples} rows of a task',
+    f'mean over {config.seeds} seeds, 1.96 standard errors, paired t '
+    f'intervals; {config.iterations} iterations a task, batches of '
+    f'{config.batch_size}, Adam {config.rate:g}; memory of '
+    f'{config.memory_size} rows; importance over {config.fisher_examples} '
+    'rows of a task',
     report.stream(made, matrices, names) if matrices else None,
     metric='average accuracy',
+    reference=measured[first].row.title if measured else None,
   )
   print(report.terminal_table(panel))
   if panel.figure:

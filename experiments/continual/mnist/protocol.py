@@ -71,10 +71,11 @@ def bench_of(
   tasks_of: Callable[[Splits], Labelled],
   scenario: Scenario,
   sizes: Sequence[int],
-) -> Callable[[Splits], Bench]:
-  """A stream of images and its network, of any splits."""
+) -> Callable[[Splits, int], Bench]:
+  """A stream of images and its network, of any splits, in one order."""
 
-  def make(splits):
+  def make(splits, order):
+    del order
     tasks = tasks_of(splits)
     module = Mlp(tuple(sizes), tasks.allowed.shape[1])
     one = {'image': np.zeros((1, 28, 28, 1), np.float32)}
