@@ -113,9 +113,7 @@ def test_sampled_fisher_is_unbiased(x64):
 def test_padding_is_never_computed_with(x64):
   params, batch = _problem(5)
   whole = _of(fisher.exact_fisher, params, [batch])
-  padded = jax.tree.map(
-    lambda x: jnp.concatenate([x[:0] + x[:1], x, x[:1]]), batch
-  )
+  padded = jax.tree.map(lambda x: jnp.concatenate([x[:1], x, x[:1]]), batch)
   padded['x'] = padded['x'].at[jnp.asarray([0, 6])].set(jnp.nan)
   padded['weight'] = jnp.asarray([0, 1, 1, 1, 1, 1, 0])
   nothing = {**padded, 'weight': jnp.zeros(7)}
@@ -142,7 +140,7 @@ def test_batched_fisher_depends_on_the_batch_size(x64):
     assert found.sum() < 0.8 * empirical.sum()
 
 
-def test_labels_must_be_classes():
+def test_labels_must_be_classes(x64):
   params, batch = _problem()
   for kind in (fisher.empirical_fisher, fisher.batched_fisher):
     with pytest.raises(UsageError, match="no 'label'"):
@@ -151,7 +149,7 @@ def test_labels_must_be_classes():
       _of(kind, params, [{**batch, 'label': jnp.ones((12, CLASSES))}])
 
 
-def test_outputs_must_be_logits_of_one_row_per_example():
+def test_outputs_must_be_logits_of_one_row_per_example(x64):
   params, batch = _problem()
 
   def forward(params, state, batch, rng):
