@@ -2,12 +2,11 @@
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fmeta import tree
 from fmeta.errors import UsageError
 from fmeta.fisher.labels import Labels
 from fmeta.fisher.passes import (
@@ -18,8 +17,7 @@ from fmeta.fisher.passes import (
   passed,
   without_padding,
 )
-from fmeta.fisher.rows import as_rows
-from fmeta.fisher.uses import only_use
+from fmeta.fisher.uses import Use, only_use
 from fmeta.types import Array, Batch, Forward, ModelState, Params
 
 
@@ -37,7 +35,7 @@ class Factors(NamedTuple):
 
 def bias_of(kernel: str) -> str:
   """Name of the bias beside a kernel."""
-  return f'{kernel}'.removesuffix('kernel') + 'bias'
+  return kernel.removesuffix('kernel') + 'bias'
 
 
 def kronecker_fisher(
@@ -113,17 +111,13 @@ def _of_batch(
 
   def outputs(cotangents):
     slopes, _ = one.pullback(cotangents)
-    return {name: _moment(_rows(one, name, slopes)[1]) for name in kernels}
+    return {name: _moment(_rows(slopes[name])) for name in kernels}
 
   keys = keys_of(rng, count, real)
   g = over_labels(labels, one, batch, keys, real, outputs)
-  slopes = jax.eval_shape(one.pullback, one.log_probs)[0]
   factors = {}
   for name in kernels:
-    like = jnp.zeros(slopes[name].shape, slopes[name].dtype)
-    a = _rows(one, name, {name: like})[0]
-    if bias_of(name) in names:
-      a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
+    a = _entering(one, name, bias_of(name) in names)
     a = jnp.where(real[:, None, None], a, 0)
     factors[name] = Factors(_moment(a) / a.shape[1], g[name])
   some = real.any()
@@ -131,27 +125,32 @@ def _of_batch(
   return factors, count + real.sum()
 
 
-def _rows(one: Pass, name: str, slopes: Any) -> tuple[Array, Array]:
-  return as_rows(one.program.uses[name], one.inputs[name], slopes[name])
+def _rows(x: Array) -> Array:
+  """[B, ..., n] -> [B, T, n]."""
+  return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _entering(one: Pass, kernel: str, has_bias: bool) -> Array:
+  """[B, T, K], what meets a kernel, and 1 for its bias."""
+  numbers = one.program.uses[kernel].equation.params['dimension_numbers']
+  ((axis,), _), _ = numbers
+  a = _rows(jnp.moveaxis(one.inputs[kernel], axis + 1, -1))
+  return jnp.pad(a, ((0, 0), (0, 0), (0, int(has_bias))), constant_values=1)
 
 
 def _moment(rows: Array) -> Array:
   """sum r r^T over [B, T, n]."""
   flat = rows.reshape(-1, rows.shape[-1])
+  flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
   return flat.T @ flat
 
 
 def _require_dense(program: Program, kernel: str, has_bias: bool) -> None:
   use = program.uses.get(kernel)
-  if use is None or use.kind != 'dot_general' or use.place != 1 or use.views:
+  if not use or use.kind != 'dot_general' or use.views or not _is_plain(use):
     raise UsageError(
-      f'{kernel!r} is no dense kernel that is used once, so it has no '
+      f'{kernel!r} is no kernel [in, out] that multiplies once, so it has no '
       'Kronecker factors; leave it out of kernels=, and it gets a diagonal'
-    )
-  (_, (contracted,)), _ = use.equation.params['dimension_numbers']
-  if contracted != 0:
-    raise UsageError(
-      f'{kernel!r} is multiplied as [out, in]; leave it out of kernels='
     )
   if has_bias and not _meet(program, kernel, bias_of(kernel)):
     raise UsageError(
@@ -160,18 +159,19 @@ def _require_dense(program: Program, kernel: str, has_bias: bool) -> None:
     )
 
 
+def _is_plain(use: Use) -> bool:
+  """Whether it is x W with W [K, O]."""
+  (_, contracted), _ = use.equation.params['dimension_numbers']
+  rank = use.equation.invars[use.place].aval.ndim
+  return use.place == 1 and rank == 2 and tuple(contracted) == (0,)
+
+
 def _meet(program: Program, kernel: str, bias: str) -> bool:
   """Whether a bias is added to the product of a kernel, and only that."""
   through = ('reshape', 'broadcast_in_dim', 'convert_element_type')
   inputs = dict(zip(program.names, program.closed.jaxpr.invars, strict=False))
   added = only_use(program.closed.jaxpr, inputs[bias], through=through)
-  use = program.uses[kernel]
-  if added is None or added.kind != 'add' or len(use.path) != len(added.path):
+  (made,) = program.uses[kernel].equation.outvars
+  if added is None or added.kind != 'add':
     return False
-  if use.path[:-1] != added.path[:-1]:
-    return False
-  made, (other,) = (
-    use.equation.outvars[0],
-    [atom for k, atom in enumerate(added.equation.invars) if k != added.place],
-  )
-  return other is made
+  return added.equation.invars[added.other] is made

@@ -82,7 +82,7 @@ def program_of(
     name: only_use(closed.jaxpr, variable)
     for name, variable in zip(names, closed.jaxpr.invars, strict=False)
   }
-  known = {name: use for name, use in found.items() if is_known(use)}
+  known = {name: use for name, use in found.items() if use and is_known(use)}
   return Program(closed, names, known)
 
 

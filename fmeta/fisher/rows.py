@@ -19,10 +19,8 @@ from fmeta.types import Array
 PRODUCTS = ('dot_general', 'conv_general_dilated')
 
 
-def is_known(use: Use | None) -> bool:
+def is_known(use: Use) -> bool:
   """Whether `sum_of_squares` knows the use."""
-  if use is None:
-    return False
   params = use.equation.params
   if use.kind == 'dot_general':
     return not any(params['dimension_numbers'][1])

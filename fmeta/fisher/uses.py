@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import eval_jaxpr
 from jax.extend import core
 
 from fmeta.types import Array
@@ -171,4 +172,4 @@ def _evaluate(
   only = jaxpr.replace(
     constvars=[], invars=[*inputs], outvars=equation.outvars, eqns=[equation]
   )
-  return list(jax.core.eval_jaxpr(only, (), *inputs.values()))
+  return list(eval_jaxpr(only, (), *inputs.values()))
