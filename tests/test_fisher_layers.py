@@ -32,6 +32,8 @@ class Parts(nn.Module):
   def __call__(self, ids, *, deterministic=True):
     table = nn.Embed(9, 6, name='table')
     x = table(ids)
+    clipped = self.param('clipped', nn.initializers.normal(1.0), (4, 6), 'f')
+    x = x + jnp.take(clipped, ids, axis=0, mode='clip')
     x = nn.DenseGeneral((2, 3), name='split')(x)
     x = nn.DenseGeneral(6, axis=(-2, -1), name='join')(x)
     same = nn.Dense(6, name='same')
@@ -40,17 +42,17 @@ class Parts(nn.Module):
     options = {'kernel_dilation': (2,), 'input_dilation': (2,)}
     x = nn.Conv(8, (2,), padding=((1, 0),), name='dilated', **options)(x)
     x = nn.Conv(8, (2,), feature_group_count=4, name='grouped')(x)
+    left = self.param('left', nn.initializers.normal(1.0), (8, 8), 'f')
+    x = jnp.einsum('oi,bti->obt', left, x).transpose(1, 2, 0)
     loop = self.param('loop', nn.initializers.normal(1.0), (8, 8), 'f')
 
     def step(hidden, x):
       return jnp.tanh(hidden @ loop + x), None
 
     x, _ = jax.lax.scan(step, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))
-    left = self.param('left', nn.initializers.normal(1.0), (5, 8), 'f')
-    x = jnp.einsum('oi,bi->ob', left, x).T
-    shift = self.param('shift', nn.initializers.normal(1.0), (1, 5, 3), 'f')
+    shift = self.param('shift', nn.initializers.normal(1.0), (1, 8, 3), 'f')
     return (
-      jnp.tanh(x) @ shift.reshape(5, 3) + table.attend(jnp.ones((1, 6)))[:, :3]
+      jnp.tanh(x) @ shift.reshape(8, 3) + table.attend(jnp.ones((1, 6)))[:, :3]
     )
 
 
@@ -102,7 +104,7 @@ def _case(name, rows=4):
     batch[IMAGE] = jnp.asarray(random.normal(size=(rows, *shape)), jnp.float32)
   else:
     # Few different tokens: most come more than once in a row.
-    batch[IDS] = jnp.asarray(random.integers(0, 5, (rows, *shape)))
+    batch[IDS] = jnp.asarray(random.integers(0, 8, (rows, *shape)))
     mask = np.ones((rows, *shape), int)
     mask[0, 4:] = 0
     batch['attention_mask'] = jnp.asarray(mask)

@@ -203,12 +203,17 @@ def test_only_dense_layers_have_factors():
   def scaled(params, state, batch, rng):
     return batch['x'] @ params['l']['kernel'] * params['l']['bias'][None], state
 
+  def apart(params, state, batch, rng):
+    shifted = jnp.tanh(batch['x'] + params['l']['bias'][None])
+    return batch['x'] @ params['l']['kernel'] + shifted, state
+
   penalty = ewc_kfac(1.0, 1)
   state = penalty.init(params, params)
   for forward, said in (
     (twice, 'multiplies once'),
     (turned, 'multiplies once'),
     (scaled, 'is not added to'),
+    (apart, 'is not added to'),
   ):
     with pytest.raises(UsageError, match=said):
       _moved(penalty, state, params, [batch], forward)

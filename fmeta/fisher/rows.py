@@ -157,7 +157,8 @@ def _takes_rows(use: Use) -> bool:
 def _looked_up(use: Use, inputs: Array, slopes: Array) -> Array:
   rows, width = use.equation.invars[0].aval.shape
   size = slopes.shape[0]
-  ids = inputs.reshape(size, -1)
+  # Where they land: clipped indices meet in one row.
+  ids = _landing(use, inputs.reshape(size, -1), rows)
   d = slopes.reshape(size, -1, width)
   d = d.astype(jnp.promote_types(d.dtype, jnp.float32))
   # Each position's sum is collected where its index comes first.
@@ -165,7 +166,7 @@ def _looked_up(use: Use, inputs: Array, slopes: Array) -> Array:
   example = jnp.arange(size)[:, None]
   summed = jnp.zeros_like(d).at[example, first].add(d)
   table = jnp.zeros((rows, width), d.dtype)
-  return table.at[_landing(use, ids, rows)].add(jnp.square(summed), mode='drop')
+  return table.at[ids].add(jnp.square(summed), mode='drop')
 
 
 def _landing(use: Use, ids: Any, rows: int) -> Array:
