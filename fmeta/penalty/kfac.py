@@ -17,7 +17,8 @@ from fmeta.errors import UsageError
 from fmeta.fisher import exact_fisher
 from fmeta.fisher.kronecker import bias_of, kronecker_fisher
 from fmeta.fisher.labels import Labels, summed_over
-from fmeta.penalty.quadratic import Importance, moving_leaves, no_penalty
+from fmeta.penalty.leaves import moving_leaves
+from fmeta.penalty.quadratic import Importance, no_penalty
 from fmeta.types import Array, Params, Penalty, Scalar
 
 
