@@ -184,8 +184,32 @@ def test_the_state_has_a_fixed_size_and_is_refused_when_full():
   assert shapes[0] == shapes[1]
   with pytest.raises(UsageError, match='room for num_tasks=1'):
     _moved(penalty, one, params, [batch], forward)
-  with pytest.raises(UsageError, match='outside of jit'):
-    jax.jit(lambda s: _moved(penalty, s, params, [batch], forward))(empty)
+  # Nothing can be raised under jit, but nothing goes on unnoticed either.
+  end = jax.jit(lambda s: _moved(penalty, s, params, [batch], forward))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9),
+    end(empty),
+    one,
+  )
+  assert np.isnan(penalty.value(params, params, end(one), {}, None))
+
+
+def test_two_seeds_are_an_axis_of_vmap(x64):
+  params, _, batch = _problem(Linear())
+  forward = toys.forward_of(Linear())
+  penalty = ewc_kfac(1.0, 2)
+  seeds = [_random_like(params, k) for k in (1, 2)]
+
+  def remembered(params):
+    state = penalty.init(params, params)
+    state = _moved(penalty, state, params, [batch], forward)
+    moved = jax.tree.map(lambda x: x + 1, params)
+    return penalty.value(moved, moved, state, {}, None)
+
+  both = jax.vmap(remembered)(jax.tree.map(lambda *x: jnp.stack(x), *seeds))
+  alone = [remembered(seed) for seed in seeds]
+  assert alone[0] != alone[1]
+  np.testing.assert_allclose(both, alone, rtol=1e-12)
 
 
 def test_only_dense_layers_have_factors():

@@ -54,8 +54,9 @@ def ewc_kfac(
     importance: of the other leaves, as in `ewc`.
 
   Raises:
-    UsageError: at a task's end if `num_tasks` tasks are remembered already,
-      or a kernel is in no dense layer.
+    UsageError: at a task's end if `num_tasks` tasks are remembered already
+      (under `jit`, where nothing can be raised, the penalty becomes NaN), or
+      a kernel is in no dense layer.
   """
 
   def init(trainable, params):
@@ -101,13 +102,14 @@ def ewc_kfac(
       'g': g,
       'diagonal': _diagonal(forward, moving, chosen, importance, *given),
     }
-    slot = state['tasks']
+    slot = jnp.minimum(state['tasks'], num_tasks - 1)
+    fits = state['tasks'] < num_tasks
     kept = jax.tree.map(
-      lambda all_tasks, x: all_tasks.at[slot].set(x.astype(all_tasks.dtype)),
+      lambda old, x: old.at[slot].set(jnp.where(fits, x, jnp.nan)),
       {key: state[key] for key in new},
       new,
     )
-    return {**kept, 'tasks': slot + 1}
+    return {**kept, 'tasks': state['tasks'] + 1}
 
   return no_penalty()._replace(init=init, value=value, consolidate=consolidate)
 
@@ -130,11 +132,8 @@ def _split(moving: Params, chosen: Iterable[str]) -> tuple[Params, Params]:
 
 
 def _require_room(tasks: Array, num_tasks: int) -> None:
-  if isinstance(tasks, Tracer):
-    raise UsageError(
-      'ewc_kfac counts tasks on the host; call end_task outside of jit'
-    )
-  if tasks >= num_tasks:
+  # A traced count cannot be asked; `consolidate` then keeps NaN.
+  if not isinstance(tasks, Tracer) and tasks >= num_tasks:
     raise UsageError(
       f'ewc_kfac has room for num_tasks={num_tasks} tasks, and this is one '
       'more; give it the number of tasks whose end it is to remember'
