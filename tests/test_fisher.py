@@ -5,6 +5,7 @@ import pytest
 import toys
 
 from fmeta import fisher, tree
+from fmeta.errors import UsageError
 
 KEY = jax.random.key(8)
 CLASSES = 3
@@ -71,9 +72,15 @@ def test_empirical_fisher_uses_the_labels_of_the_data(x64):
   assert not np.allclose(found['head']['bias'], exact['head']['bias'])
 
 
-@pytest.mark.parametrize(
-  'kind', [fisher.exact_fisher, fisher.sampled_fisher, fisher.empirical_fisher]
-)
+KINDS = [fisher.exact_fisher, fisher.sampled_fisher, fisher.empirical_fisher]
+SLOW = [
+  fisher.per_example.exact_fisher,
+  fisher.per_example.sampled_fisher,
+  fisher.per_example.empirical_fisher,
+]
+
+
+@pytest.mark.parametrize('kind', [*KINDS, *SLOW])
 def test_batch_size_and_padding_change_nothing(kind, x64):
   params, batch = _problem()
   whole = _of(kind, params, [batch])
@@ -101,6 +108,55 @@ def test_sampled_fisher_is_unbiased(x64):
   np.testing.assert_allclose(exact, p @ squares, rtol=1e-12)
   assert np.all(np.abs(sampled - exact) < 4 * error)
   assert np.any(sampled != exact)
+
+
+def test_padding_is_never_computed_with(x64):
+  params, batch = _problem(5)
+  whole = _of(fisher.exact_fisher, params, [batch])
+  padded = jax.tree.map(lambda x: jnp.concatenate([x[:1], x, x[:1]]), batch)
+  padded['x'] = padded['x'].at[jnp.asarray([0, 6])].set(jnp.nan)
+  padded['weight'] = jnp.asarray([0, 1, 1, 1, 1, 1, 0])
+  nothing = {**padded, 'weight': jnp.zeros(7)}
+  found = _of(fisher.exact_fisher, params, [padded, nothing])
+  assert np.all(np.isfinite(found['head']['kernel']))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), whole, found
+  )
+
+
+def test_batched_fisher_depends_on_the_batch_size(x64):
+  params, batch = _problem()
+  batched = fisher.batched_fisher
+  ones = _of(batched, params, _split(batch, 1))['head']['bias']
+  empirical = _of(fisher.empirical_fisher, params, [batch])['head']['bias']
+  np.testing.assert_allclose(ones, empirical, rtol=1e-12)
+  logits, _ = _linear(params, {}, batch, None)
+  slopes = jax.nn.one_hot(batch['label'], CLASSES) - jax.nn.softmax(logits)
+  for size in (2, 5, 12):
+    parts = [slopes[k : k + size].mean(0) for k in range(0, 12, size)]
+    by_hand = np.square(parts).mean(0)
+    found = _of(batched, params, _split(batch, size))['head']['bias']
+    np.testing.assert_allclose(found, by_hand, rtol=1e-12)
+    assert found.sum() < 0.8 * empirical.sum()
+
+
+def test_labels_must_be_classes(x64):
+  params, batch = _problem()
+  for kind in (fisher.empirical_fisher, fisher.batched_fisher):
+    with pytest.raises(UsageError, match="no 'label'"):
+      _of(kind, params, [{'x': batch['x']}])
+    with pytest.raises(UsageError, match='one class per example'):
+      _of(kind, params, [{**batch, 'label': jnp.ones((12, CLASSES))}])
+
+
+def test_outputs_must_be_logits_of_one_row_per_example(x64):
+  params, batch = _problem()
+
+  def forward(params, state, batch, rng):
+    return _linear(params, state, batch, rng)[0][:, None], state
+
+  with pytest.raises(UsageError, match=r'\(1, 1, 3\)'):
+    fisher.exact_fisher(forward, params, params, {}, [batch], KEY)
 
 
 def test_only_the_moving_part_is_differentiated():

@@ -79,6 +79,7 @@ LEARNING = {
   'si': penalty.si(1.0),
   'mas': penalty.mas(1.0),
   'online_ewc': penalty.online_ewc(1.0, gamma=0.9),
+  'ewc_kfac': penalty.ewc_kfac(1.0, 3),
   'rwalk': penalty.rwalk(1.0, every=2),
   'lwf': penalty.lwf(FORWARD, 1.0, ONE_HEAD),
   'feature_distillation': penalty.feature_distillation(FORWARD, 1.0),

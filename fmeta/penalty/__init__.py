@@ -2,6 +2,7 @@
 
 from fmeta.penalty.all_of import all_of
 from fmeta.penalty.feature_distillation import feature_distillation
+from fmeta.penalty.kfac import ewc_kfac
 from fmeta.penalty.leaves import moving_leaves
 from fmeta.penalty.lwf import lwf
 from fmeta.penalty.mas import mas, output_sensitivity
@@ -20,6 +21,7 @@ __all__ = [
   'Importance',
   'all_of',
   'ewc',
+  'ewc_kfac',
   'feature_distillation',
   'l2_sp',
   'lwf',
