@@ -1,0 +1,285 @@
+"""CLINC150: 150 intents in ten tasks, by domain or by ten random draws.
+
+  python -m experiments.run --config=experiments/continual/clinc150.py
+
+all-MiniLM-L6-v2 learns 15 new intents per task and answers among all intents
+so far (class-incremental). The last `blocks` layers and the head move from
+cached states of the frozen layers below; each seed has an order of tasks of
+its own. The rows that have to be beaten need no gradient, from the frozen
+embeddings of the same texts:
+
+- nearest class mean by cosine;
+- SLDA (Hayes & Kanan 2020, https://arxiv.org/abs/1909.01520);
+- RanPAC (McDonnell et al. 2023, https://arxiv.org/abs/2307.02251) with its
+  strength chosen on held-out texts of the first task.
+
+Expected: nearest mean .917, a joint logistic regression .943 to .955, after
+the last task (torch and scikit-learn, one order by domain). Measured:
+experiments/README.md.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fmeta
+from experiments import minilm
+from experiments.common import trial
+from experiments.continual import rows, table
+from experiments.continual.bench import Bench, Labelled
+from fmeta import data, stream
+from fmeta.continual import streaming
+from fmeta.datasets import clinc150
+from fmeta.models import BertClassifier, forward
+from fmeta.pretrained import MINILM
+from fmeta.workdir import Context
+
+TASKS = 10
+FROZEN = {
+  'nearest_mean': 'nearest mean, frozen',
+  'slda': 'SLDA, frozen',
+  'ranpac': 'RanPAC, frozen',
+}
+
+
+@dataclasses.dataclass
+class Config(table.Config):
+  """What one would sweep; rate and iterations are untuned."""
+
+  scenario: str = 'class'
+  groups: str = 'domains'  # or 'random'
+  methods: tuple[str, ...] = (
+    'none',
+    'joint',
+    'ewc',
+    'er',
+    'er_matched',
+    'der_plus_plus',
+  )
+  frozen: tuple[str, ...] = tuple(FROZEN)
+  model: str = MINILM
+  blocks: int = 1
+  max_length: int = 32
+  random_features: int = 2000
+  iterations: int = 94  # two epochs of a task
+  batch_size: int = 32
+  rate: float = 3e-4
+  memory_size: int = 450  # three texts of each intent
+  fisher_examples: int = 300
+  strengths: tuple[str, ...] = ('ewc:1e4', 'der_plus_plus:0.5')
+  steps_per_dispatch: int = 47
+  train_examples: int = 100  # of each intent
+  test_examples: int = 30
+
+
+SMALL = {
+  'seeds': 2,
+  'methods': ('none', 'er'),
+  'model': '',
+  'max_length': 8,
+  'random_features': 16,
+  'iterations': 2,
+  'batch_size': 8,
+  'memory_size': 16,
+  'fisher_examples': 8,
+  'steps_per_dispatch': 2,
+  'train_examples': 2,
+  'test_examples': 1,
+}
+
+
+class Texts:
+  """The texts, their cached states, and streams over them."""
+
+  def __init__(self, config: Config, context: Context):
+    self.config = config
+    self.module, self.params, tokenizer = minilm.load_model(
+      config.model, clinc150.NUM_INTENTS, config.seed.init
+    )
+    self.first = self.module.config.num_layers - config.blocks
+    splits = clinc150.load(context.data_dir)
+    counts = {'train': config.train_examples, 'test': config.test_examples}
+    self.domains = _domains(splits['train'])
+    self.splits, self.embedded = {}, {}
+    for name, count in counts.items():
+      columns = _first_of_each(splits[name], count)
+      columns = minilm.encode(tokenizer, columns, config.max_length)
+      columns = minilm.with_prefix(
+        self.module, self.params, columns, self.first
+      )
+      self.embedded[name] = self._embed(columns)
+      seen = np.arange(columns['hidden'].shape[1])[None]
+      self.splits[name] = {
+        'hidden': columns['hidden'],
+        'attention_mask': seen < columns['length'][:, None],
+        'label': columns['label'].astype(np.int32),
+      }
+
+  def _embed(self, columns: data.Columns) -> data.Columns:
+    """Embeddings of the whole frozen model."""
+    bare = BertClassifier(self.module.config, None, self.module.pooling)
+    embed = forward(
+      bare, minilm.HIDDEN, method='resume', first_layer=self.first
+    )
+    run = jax.jit(lambda params, batch: embed(params, {}, batch, None)[0])
+    params = {'body': self.params['body']}
+    made = [
+      np.asarray(run(params, batch)) for batch in minilm.eval_batches(columns)
+    ]
+    feature = np.concatenate(made)[: len(columns['label'])]
+    return {'feature': feature, 'label': columns['label'].astype(np.int32)}
+
+  def groups(self, order: int) -> dict[str, tuple[int, ...]]:
+    """The intents of each task, in the order of that number."""
+    config = self.config
+    if config.groups == 'random':
+      drawn = stream.class_orders(clinc150.NUM_INTENTS, TASKS, order)
+      return {f'draw {k + 1}': tuple(group) for k, group in enumerate(drawn)}
+    names = sorted(self.domains)
+    chosen = [names[k] for k in stream.task_order(TASKS, order)]
+    return {name: self.domains[name] for name in chosen}
+
+  def tasks(self, splits: table.Splits, order: int) -> Labelled:
+    """Ten tasks of fifteen intents."""
+    groups = self.groups(order)
+    made = [
+      stream.by_classes(splits[name], groups) for name in ('train', 'test')
+    ]
+    return Labelled(*made, stream.class_mask(groups, clinc150.NUM_INTENTS))
+
+  def bench(self, splits: table.Splits, order: int) -> Bench:
+    """The stream of cached states."""
+
+    def start(key):
+      fresh = jax.random.normal(key, self.params['head']['kernel'].shape)
+      head = {**self.params['head'], 'kernel': 0.02 * fresh}
+      return {**self.params, 'head': head}
+
+    return Bench(
+      self.tasks(splits, order),
+      self.config.scenario,
+      minilm.from_layer(self.module, self.first),
+      start,
+      test_batch=150,
+    )
+
+
+def _domains(columns: data.Columns) -> dict[str, tuple[int, ...]]:
+  found = {}
+  for domain in np.unique(columns['domain']):
+    labels = columns['label'][columns['domain'] == domain]
+    found[str(domain)] = tuple(np.unique(labels).tolist())
+  return found
+
+
+def _first_of_each(columns: data.Columns, count: int) -> data.Columns:
+  """The first texts of each intent, dealt in turn: the last are of all."""
+  label, place = columns['label'], np.zeros(len(columns['label']), int)
+  for value in np.unique(label):
+    rows_of = np.flatnonzero(label == value)
+    place[rows_of] = np.arange(len(rows_of))
+  order = np.lexsort((label, place))
+  return data.take(columns, order[place[order] < count])
+
+
+def classifier(
+  name: str, texts: Texts, tasks: Labelled
+) -> tuple[streaming.Streaming, float]:
+  """A row without a gradient, and the strength it has."""
+  config = texts.config
+  dim = tasks.train[0].columns['feature'].shape[1]
+  classes = clinc150.NUM_INTENTS
+  if name == 'nearest_mean':
+    return streaming.nearest_mean_cosine(classes, dim), 0.0
+  if name == 'slda':
+    return streaming.slda(classes, dim), 0.0
+
+  def make(strength):
+    key = jax.random.key(config.seed.init)
+    return streaming.ranpac(classes, dim, config.random_features, key, strength)
+
+  first = tasks.train[0].columns
+  cut = len(first['label']) * 4 // 5
+  part = make(1.0).update(
+    make(1.0).init(), first['feature'][:cut], first['label'][:cut]
+  )
+  strength, _ = streaming.choose_strength(
+    make, part, first['feature'][cut:], first['label'][cut:]
+  )
+  return make(float(strength)), float(strength)
+
+
+def taught(texts: Texts, name: str, order: int) -> dict[str, Any]:
+  """The accuracy matrix of a row without a gradient."""
+  tasks = texts.tasks(texts.embedded, order)
+  made, strength = classifier(name, texts, tasks)
+  update, answer = jax.jit(made.update), jax.jit(made.answer)
+  state, matrix = made.init(), []
+  for index, task in enumerate(tasks.train):
+    columns = task.columns
+    state = update(state, columns['feature'], columns['label'])
+    solved = jax.jit(made.solve)(state)
+    row = []
+    for past in tasks.test[: index + 1]:
+      scores = answer(solved, past.columns['feature'])
+      correct = jnp.argmax(scores, -1) == past.columns['label']
+      row.append(float(correct.mean()))
+    matrix.append(row)
+  return {
+    'matrix': matrix,
+    'strength': strength,
+    'tasks': [task.name for task in tasks.train],
+    'cost': {'memory_bytes': fmeta.tree.num_bytes(state)},
+    'trainable': 0,
+  }
+
+
+def frozen_rows(texts: Texts, context: Context) -> dict[str, table.Measured]:
+  """The rows without a gradient, one run per order."""
+  found = {}
+  for name in texts.config.frozen:
+    runs = []
+    for seed in range(texts.config.seeds):
+      where = f'{texts.config.scenario}/{name}/seed_{seed}'
+      runs.append(
+        trial(context, where, lambda n=name, s=seed: taught(texts, n, s))
+      )
+    average, _ = table.standard_error(runs)
+    print(f'{name}: {100 * average:.2f} %', flush=True)
+    found[name] = table.Measured(_row(FROZEN[name]), 0.0, runs)
+  return found
+
+
+def _row(title: str) -> rows.Row:
+  def no_learner(recipe, strength):
+    raise fmeta.UsageError(f'{title} learns without a step')
+
+  return rows.Row(title, no_learner)
+
+
+def check(config: Config) -> None:
+  """Raises `UsageError` for what does not exist, before texts are read."""
+  table.check(config)
+  for name in config.frozen:
+    if name not in FROZEN:
+      raise fmeta.UsageError(
+        f'no frozen row {name!r}; possible: {", ".join(FROZEN)}'
+      )
+  if config.groups not in ('domains', 'random'):
+    raise fmeta.UsageError(
+      f"groups {config.groups!r}; possible: 'domains', 'random'"
+    )
+
+
+def run(config: Config, context: Context) -> dict:
+  """All rows and orders, a table and a picture."""
+  check(config)
+  texts = Texts(config, context)
+  frozen = frozen_rows(texts, context)
+  made = table.Table(
+    config, context, texts.splits, 0.1, texts.bench, reorders=True
+  )
+  return table.run(made, 'CLINC150', {}, 'clinc150.png', frozen)
