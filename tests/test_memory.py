@@ -78,6 +78,41 @@ def test_shards_merge_into_the_memory_of_the_whole_stream(kind, shards):
   _same(whole, twice)
 
 
+def test_the_check_of_alignment_sees_one_row_out_of_place():
+  held = memory.reservoir(6, SHARDED)
+  rows = _insert(held, held.init(), _stream(np.arange(40)), jnp.ones(40))[
+    'rows'
+  ]
+  _aligned(rows, np.ones(6, bool))
+  for key in ('label', 'outputs'):
+    torn = {**rows, key: jnp.roll(rows[key], 1, axis=0)}
+    with pytest.raises(AssertionError):
+      _aligned(torn, np.ones(6, bool))
+
+
+@pytest.mark.parametrize('kind', MERGING)
+def test_a_batch_on_eight_devices_leaves_the_same_memory_bitwise(kind):
+  held = MERGING[kind][0](6, SHARDED)
+  insert = jax.jit(held.insert)
+  mesh = jax.make_mesh(
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = lambda spec: jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(*spec)
+  )
+  alone = spread = held.init()
+  spread = jax.device_put(spread, place([]))
+  for start in range(0, 48, 16):
+    given = _stream(np.arange(start, start + 16)), jnp.ones(16)
+    alone = insert(alone, *given, KEY)
+    spread = insert(
+      spread,
+      *jax.device_put(given, place(['data'])),
+      jax.device_put(KEY, place([])),
+    )
+  _same(alone, spread)
+
+
 def test_a_merge_may_be_smaller_but_not_larger_than_its_parts():
   held = memory.reservoir(6, SPEC)
   parts = [

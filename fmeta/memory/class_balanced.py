@@ -98,10 +98,10 @@ def quotas(held: ranked.Held, num_classes: int, by: str = 'label') -> Array:
 
 def _by_rank(by):
   def leave(column, priority, count):
-    rank = _ranks(column(by), priority)
-    # Last classes' surplus, then the lower priority; what is no row first.
-    worst = jnp.lexsort((priority[:, 1], priority[:, 0], -rank))
-    return jnp.zeros(len(rank), bool).at[worst[:count]].set(True)
+    # What is no row first, then the largest classes' last rows.
+    rank = _ranks(column(by), priority).astype(priority.dtype)
+    keys = jnp.concatenate([-rank[:, None], priority], axis=1)
+    return ranked.lowest(keys, count)
 
   return leave
 
