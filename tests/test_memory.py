@@ -128,11 +128,19 @@ def test_a_merge_may_be_smaller_but_not_larger_than_its_parts():
 
 
 def test_rows_that_tie_for_the_cut_are_told_apart_by_the_second_word():
-  first = jnp.asarray([3.0, 1, 1, 1, 2, 1])
-  second = jnp.asarray([0.0, 5, 2, 4, 0, 3])
-  priority = jnp.stack([first, second], 1)
-  for count, expected in enumerate([[], [2], [2, 5], [2, 3, 5], [1, 2, 3, 5]]):
-    out = ranked.lowest(priority, count)
+  first = jnp.asarray([3.0, 1, 1, 1, 2, 1, 0])
+  second = jnp.asarray([0.0, 5, 2, 4, 0, 3, 9])
+  keys = jnp.stack([first, second], 1)
+  best = [6, 2, 5, 3, 1, 4, 0]
+  for count in range(8):
+    out = ranked.lowest(keys, count)
+    assert set(np.flatnonzero(out)) == set(best[:count])
+
+
+def test_of_rows_that_tie_in_everything_the_first_are_lowest():
+  keys = jnp.ones((5, 2)).at[3].set(0)
+  for count, expected in enumerate([[], [3], [0, 3], [0, 1, 3]]):
+    out = ranked.lowest(keys, count)
     np.testing.assert_array_equal(np.flatnonzero(out), expected)
 
 
