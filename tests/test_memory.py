@@ -6,9 +6,11 @@ from scipy import stats
 
 from fmeta import memory
 from fmeta.errors import UsageError
+from fmeta.memory import ranked
 
 KEY = jax.random.key(9)
 SPEC = {'x': jax.ShapeDtypeStruct((), jnp.int32)}
+EMPTY = memory.reservoir(2, SPEC).init()
 
 
 def _rows(start, stop):
@@ -21,6 +23,154 @@ def _insert(held, filled, rows, weight):
 
 def _same(x, y):
   jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+SHARDED = {
+  **SPEC,
+  'label': SPEC['x'],
+  'outputs': jax.ShapeDtypeStruct((2,), jnp.float32),
+}
+
+
+def _stream(numbers):
+  """Rows whose every key is a function of the first."""
+  x = jnp.asarray(numbers, jnp.int32)
+  outputs = jnp.stack([x, -x], 1).astype(jnp.float32)
+  return {'x': x, 'label': x % 5, 'outputs': outputs, 'number': x}
+
+
+def _aligned(rows, there):
+  x = np.asarray(rows['x'])[there]
+  np.testing.assert_array_equal(np.asarray(rows['label'])[there], x % 5)
+  outputs = np.asarray(rows['outputs'])[there]
+  np.testing.assert_array_equal(outputs, np.stack([x, -x], 1))
+
+
+MERGING = {
+  'reservoir': (memory.reservoir, memory.merge),
+  'class_balanced': (memory.class_balanced, memory.merge_balanced),
+}
+
+
+@pytest.mark.parametrize('kind', MERGING)
+@pytest.mark.parametrize('shards', [1, 2, 8])
+def test_shards_merge_into_the_memory_of_the_whole_stream(kind, shards):
+  make, merge = MERGING[kind]
+  held = make(6, SHARDED)
+  insert = jax.jit(held.insert)
+
+  def filled(numbers):
+    out = held.init()
+    for start in range(0, len(numbers), 5):
+      rows = _stream(numbers[start : start + 5])
+      out = insert(out, rows, jnp.ones(5), KEY)
+    return out
+
+  whole = merge([filled(np.arange(40))], 6)
+  # Every eighth row a device, and backwards: order is no matter either.
+  parts = [filled(np.arange(40)[::-1][k::shards]) for k in range(shards)]
+  found = merge(parts, 6)
+  _same(whole, found)
+  assert found['seen'] == 40
+  _aligned(found['rows'], np.ones(6, bool))
+  # Merging is associative.
+  twice = merge([merge(parts[:1], 6), *parts[1:]], 6)
+  _same(whole, twice)
+
+
+def test_the_check_of_alignment_sees_one_row_out_of_place():
+  held = memory.reservoir(6, SHARDED)
+  rows = _insert(held, held.init(), _stream(np.arange(40)), jnp.ones(40))[
+    'rows'
+  ]
+  _aligned(rows, np.ones(6, bool))
+  for key in ('label', 'outputs'):
+    torn = {**rows, key: jnp.roll(rows[key], 1, axis=0)}
+    with pytest.raises(AssertionError):
+      _aligned(torn, np.ones(6, bool))
+
+
+@pytest.mark.parametrize('kind', MERGING)
+def test_a_batch_on_eight_devices_leaves_the_same_memory_bitwise(kind):
+  held = MERGING[kind][0](6, SHARDED)
+  insert = jax.jit(held.insert)
+  mesh = jax.make_mesh(
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = lambda spec: jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(*spec)
+  )
+  alone = spread = held.init()
+  spread = jax.device_put(spread, place([]))
+  for start in range(0, 48, 16):
+    given = _stream(np.arange(start, start + 16)), jnp.ones(16)
+    alone = insert(alone, *given, KEY)
+    spread = insert(
+      spread,
+      *jax.device_put(given, place(['data'])),
+      jax.device_put(KEY, place([])),
+    )
+  _same(alone, spread)
+
+
+def test_a_merge_may_be_smaller_but_not_larger_than_its_parts():
+  held = memory.reservoir(6, SPEC)
+  parts = [
+    _insert(held, held.init(), _stream(np.arange(k, 20, 2)), jnp.ones(10))
+    for k in range(2)
+  ]
+  six, four = (memory.merge(parts, size)['rows']['x'] for size in (6, 4))
+  np.testing.assert_array_equal(six[:4], four)
+  with pytest.raises(UsageError, match=r'memories of \[6, 6\] rows into one'):
+    memory.merge(parts, 7)
+  with pytest.raises(UsageError, match='at least one memory'):
+    memory.merge([], 3)
+
+
+def test_rows_that_tie_for_the_cut_are_told_apart_by_the_second_word():
+  first = jnp.asarray([3.0, 1, 1, 1, 2, 1, 0])
+  second = jnp.asarray([0.0, 5, 2, 4, 0, 3, 9])
+  keys = jnp.stack([first, second], 1)
+  best = [6, 2, 5, 3, 1, 4, 0]
+  for count in range(8):
+    out = ranked.lowest(keys, count)
+    assert set(np.flatnonzero(out)) == set(best[:count])
+
+
+def test_of_rows_that_tie_in_everything_the_first_are_lowest():
+  keys = jnp.ones((5, 2)).at[3].set(0)
+  for count, expected in enumerate([[], [3], [0, 3], [0, 1, 3]]):
+    out = ranked.lowest(keys, count)
+    np.testing.assert_array_equal(np.flatnonzero(out), expected)
+
+
+def test_priorities_are_positive_normal_floats_and_uniform():
+  drawn = ranked.priorities(jnp.arange(4000), jnp.ones(4000, bool), KEY)
+  words = np.asarray(drawn).view(np.uint32)
+  assert drawn.dtype == jnp.float32
+  assert words.min() >= 0x00800000 and words.max() < 0x40800000
+  assert np.all(drawn >= np.finfo(np.float32).tiny)
+  # As fractions of their range they are uniform, and the words independent.
+  fractions = (words - 0x00800000) / 2.0**30
+  for part in (*fractions.T, (fractions.sum(1) % 1)):
+    assert 0.001 < stats.kstest(part, 'uniform').pvalue
+
+
+def test_bytes_are_those_of_the_arrays():
+  filled = memory.reservoir(10, SHARDED).init()
+  # Two integers, two outputs and a priority of two words per row; a count.
+  assert memory.bytes_of(filled) == 10 * (4 + 4 + 8 + 8) + 4
+
+
+def test_only_what_changes_is_written():
+  held = memory.reservoir(6, SPEC)
+  before = _insert(held, held.init(), _rows(0, 50), jnp.ones(50))
+  after = _insert(held, before, _rows(50, 60), jnp.ones(10))
+  gone = set(np.asarray(before['rows']['x'])) - set(
+    np.asarray(after['rows']['x'])
+  )
+  kept = np.asarray(before['rows']['x']) == np.asarray(after['rows']['x'])
+  assert (~kept).sum() == len(gone)
 
 
 def test_every_row_is_held_with_equal_probability():
@@ -51,6 +201,8 @@ def test_one_by_one_and_in_batches_are_bitwise_equal():
       rows = _rows(start, start + size)
       filled = insert(filled, rows, jnp.ones(size), KEY)
     results.append(filled)
+  # In canonical order: the slot of a row is not a fact about the stream.
+  results = [memory.merge([filled], 7) for filled in results]
   _same(results[0], results[1])
   _same(results[0], results[2])
   assert results[0]['seen'] == 30
@@ -102,7 +254,7 @@ def test_every_held_row_is_sampled_equally_often():
   [
     (lambda: memory.reservoir(0, SPEC), 'memory capacity 0'),
     (
-      lambda: memory.reservoir(2, SPEC).sample({}, 3, KEY),
+      lambda: memory.reservoir(2, SPEC).sample(EMPTY, 3, KEY),
       'cannot sample 3 rows from a memory of 2',
     ),
     (

@@ -9,6 +9,7 @@ import toys
 from fmeta import (
   adapters,
   averaging,
+  continual,
   gradients,
   losses,
   memory,
@@ -68,6 +69,20 @@ STILL = toys.problem()[0]
 MIXED = mixing.mixup(STILL, 0.4, 3, inputs=('x',))
 
 
+CE = losses.softmax_cross_entropy
+# Two halves of one sample, and logits of an earlier step.
+DER_PLUS_PLUS = continual.der_plus_plus(FORWARD, CE, 0.3, 0.7)
+
+
+def remembers_logits(dtype):
+  spec = {**ROW, 'outputs': jax.ShapeDtypeStruct((3,), dtype)}
+  held = memory.reservoir(16, spec)
+  return rehearse(finetune(DER_PLUS_PLUS, SGD), held, 4, mix=beside)
+
+
+ICARL = continual.icarl_loss(FORWARD)
+
+
 def jitter(batch, key):
   x = batch['x']
   return {**batch, 'x': x + 0.1 * jax.random.normal(key, x.shape, x.dtype)}
@@ -118,6 +133,16 @@ ROWS = {
   'rehearse beside': rehearse(
     finetune(read_memory, SGD), memory.reservoir(16, ROW), 4, mix=beside
   ),
+  'der_plus_plus': remembers_logits(jnp.float32),
+  'er_ace class_balanced': rehearse(
+    finetune(continual.er_ace(FORWARD, CE), SGD),
+    memory.class_balanced(16, ROW),
+    4,
+    mix=beside,
+  ),
+  'rehearse per_task': rehearse(
+    finetune(LOSS, SGD), memory.per_task(2, 8, ROW), 4
+  ),
   'ema mixout sam': finetune(
     STILL,
     averaging.ema(SGD, 0.9),
@@ -135,6 +160,7 @@ ROWS = {
 ON_A_MESH = (
   'accumulate',
   'rehearse',
+  'er_ace class_balanced',
   'ema mixout sam',
   'swa mixup',
 )
@@ -150,6 +176,8 @@ META_ROWS = {
   'pissa': finetune(LOSS, SGD, tuning=PISSA),
   'accumulate': finetune(LOSS, SMOOTH, value_and_grad=gradients.accumulate(2)),
   'rehearse': rehearse(finetune(LOSS, SGD), memory.reservoir(16, ROW), 4),
+  # Through the logits it remembers, too.
+  'der_plus_plus': remembers_logits(jnp.float64),
   'ema mixout sam': ROWS['ema mixout sam'],
 }
 
@@ -188,6 +216,12 @@ def mesh():
 def test_learner_conforms(name):
   on = mesh() if name in ON_A_MESH else None
   check_learner(ROWS[name], PARAMS, BATCH, mesh=on)
+
+
+def test_icarl_conforms():
+  teacher = jax.random.normal(jax.random.key(3), (8, 3))
+  batch = {**BATCH, 'teacher': teacher, 'old': teacher > 0}
+  check_learner(finetune(ICARL, SGD), PARAMS, batch)
 
 
 def test_prefix_tuning_of_bert_conforms():

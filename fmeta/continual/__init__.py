@@ -1,5 +1,31 @@
 """Continual learning: methods that are more than a penalty or a memory."""
 
+from fmeta.continual.bic import bias_corrected, fit_bias, with_bias
+from fmeta.continual.gdumb import collect, gdumb, held_columns
+from fmeta.continual.icarl import (
+  add_exemplars,
+  icarl_columns,
+  icarl_loss,
+  nearest_exemplars,
+)
 from fmeta.continual.masking import masked, masked_forward
+from fmeta.continual.replay import der, der_plus_plus, er_ace, today
 
-__all__ = ['masked', 'masked_forward']
+__all__ = [
+  'add_exemplars',
+  'bias_corrected',
+  'collect',
+  'der',
+  'der_plus_plus',
+  'er_ace',
+  'fit_bias',
+  'gdumb',
+  'held_columns',
+  'icarl_columns',
+  'icarl_loss',
+  'masked',
+  'masked_forward',
+  'nearest_exemplars',
+  'today',
+  'with_bias',
+]

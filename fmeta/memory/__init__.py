@@ -1,5 +1,20 @@
 """What the data remember: fixed-size pytrees inside the train state."""
 
-from fmeta.memory.reservoir import reservoir
+from fmeta.memory.class_balanced import class_balanced, merge_balanced, quotas
+from fmeta.memory.herding import herding
+from fmeta.memory.per_task import per_task, task_rows
+from fmeta.memory.ranked import bytes_of, occupied
+from fmeta.memory.reservoir import merge, reservoir
 
-__all__ = ['reservoir']
+__all__ = [
+  'bytes_of',
+  'class_balanced',
+  'herding',
+  'merge',
+  'merge_balanced',
+  'occupied',
+  'per_task',
+  'quotas',
+  'reservoir',
+  'task_rows',
+]

@@ -1,23 +1,23 @@
 """Reservoir sampling: every row seen is held with equal probability."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-
-from fmeta.errors import UsageError
+from fmeta.memory import ranked
 from fmeta.types import Memory
 
 
-def reservoir(capacity: int, spec: Mapping[str, Any]) -> Memory:
+def reservoir(capacity: int, spec: ranked.Spec) -> Memory:
   """Reservoir sampling: every row seen is held with equal probability.
 
-  Row number s (from 0) goes to slot s while there is room, and afterwards to
-  slot r ~ Uniform{0..s} if r < capacity (Vitter 1985, algorithm R,
-  https://doi.org/10.1145/3147.3165). Row s draws from
-  `fold_in(rng, s)`, so contents depend neither on batch size nor on the
-  number of devices.
+  Row number s draws a priority from `fold_in(rng, s)`, and the `capacity`
+  rows of highest priority are held: a uniform sample without replacement
+  (the keys of Efraimidis & Spirakis 2006,
+  https://doi.org/10.1016/j.ipl.2005.11.003, with equal weights). Contents
+  therefore depend neither on batch size nor on the number of devices, and
+  reservoirs of parts of a stream merge into that of the whole: see `merge`.
+
+  A row's number is how many came before, or the batch's own `number` where
+  it has one: a process that reads every eighth row says so there.
 
   Args:
     capacity: rows held.
@@ -28,65 +28,32 @@ def reservoir(capacity: int, spec: Mapping[str, Any]) -> Memory:
   Raises:
     UsageError: if the capacity is not positive.
   """
-  if capacity < 1:
-    raise UsageError(f'memory capacity {capacity}; give at least 1')
-
-  def init():
-    rows = {
-      key: jnp.zeros((capacity, *leaf.shape), leaf.dtype)
-      for key, leaf in spec.items()
-    }
-    return {'rows': rows, 'seen': jnp.zeros((), jnp.int32)}
+  ranked.check_capacity(capacity)
 
   def insert(memory, rows, weight, rng):
-    real = weight > 0
-    order = memory['seen'] + jnp.cumsum(real) - 1
+    return ranked.offer(memory, rows, weight, rng, _leave)
 
-    def slot_of(number):
-      drawn = jax.random.randint(
-        jax.random.fold_in(rng, number), (), 0, jnp.maximum(number, 0) + 1
-      )
-      return jnp.where(number < capacity, number, drawn)
-
-    slots = jnp.where(real, jax.vmap(slot_of)(order), capacity)
-    # Of several rows with one slot the last stays, as one by one.
-    index = jnp.arange(weight.shape[0])
-    writer = jax.ops.segment_max(index, slots, num_segments=capacity + 1)
-    writer = writer[:capacity]
-    written = (writer >= 0) & (writer < weight.shape[0])
-
-    def place(held, new):
-      mask = written.reshape(-1, *[1] * (held.ndim - 1))
-      return jnp.where(mask, new[jnp.where(written, writer, 0)], held)
-
-    _check_rows(spec, rows)
-    held = {
-      key: place(memory['rows'][key], jnp.asarray(rows[key], leaf.dtype))
-      for key, leaf in spec.items()
-    }
-    return {'rows': held, 'seen': memory['seen'] + real.sum(dtype=jnp.int32)}
-
-  def sample(memory, size, rng):
-    if size > capacity:
-      raise UsageError(
-        f'cannot sample {size} rows from a memory of {capacity}; possible: '
-        f'up to {capacity}'
-      )
-    held = jnp.arange(capacity) < memory['seen']
-    # Without replacement: the largest of one uniform number per held row.
-    noise = jax.random.uniform(rng, (capacity,)) + held
-    chosen = jax.lax.top_k(noise, size)[1]
-    rows = jax.tree.map(lambda x: x[chosen], memory['rows'])
-    return rows, held[chosen].astype(jnp.float32)
-
-  return Memory(init, insert, sample)
+  return Memory(lambda: ranked.empty(capacity, spec), insert, ranked.sample)
 
 
-def _check_rows(spec, rows):
-  for key, leaf in spec.items():
-    found = jnp.shape(rows[key])[1:] if key in rows else 'nothing'
-    if found != leaf.shape:
-      raise UsageError(
-        f'the memory holds {key!r} of shape {leaf.shape} per row, the batch '
-        f'brings {found}; give all batches one shape, the one of the spec'
-      )
+def merge(memories: Sequence[ranked.Held], capacity: int) -> ranked.Held:
+  """The reservoir of a whole stream from those of its parts.
+
+  The same rows, bit for bit and in the same order, however the stream was
+  cut, if all parts were inserted under one key and with the `number` each
+  row has in the whole. Of a single reservoir it is the rows in canonical
+  order.
+
+  Args:
+    memories: states of reservoirs over disjoint parts.
+    capacity: rows held, at most those of the smallest part.
+
+  Raises:
+    UsageError: if a part is smaller, or there is none.
+  """
+  return ranked.merged(memories, capacity, _leave)
+
+
+def _leave(column, priority, count):
+  del column
+  return ranked.lowest(priority, count)
