@@ -17,7 +17,13 @@ import numpy as np
 import optax
 
 import fmeta
-from experiments.common import Seeds, data_devices, fit_options, in_turn
+from experiments.common import (
+  Seeds,
+  data_devices,
+  fit_options,
+  in_turn,
+  require,
+)
 from experiments.fewshot.omniglot import measure, splits, testing, weights
 from experiments.fewshot.omniglot.testing import Method
 from fmeta import episodes, evaluate, optim, train
@@ -27,6 +33,21 @@ from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 NORMS = 'transductive', 'group'
+# The smallest value of each setting of this and of the methods' own.
+LEAST = {
+  **dict.fromkeys(('shots', 'filters', 'meta_batch', 'iterations'), 1),
+  **dict.fromkeys(('steps_per_dispatch', 'train_shots', 'inner_batch'), 1),
+  **dict.fromkeys(('batch_size', 'latents', 'hidden'), 1),
+  **dict.fromkeys(('queries', 'test_queries', 'chunk', 'evaluate_every'), 0),
+  **dict.fromkeys(('curve_steps', 'statistics_batches', 'inner_steps'), 0),
+  **dict.fromkeys(('test_steps', 'latent_steps', 'head_steps', 'crop'), 0),
+  **dict.fromkeys(('train_ways', 'kl', 'damping', 'multi_step'), 0),
+  'ways': 2,
+}
+POSITIVE = (
+  *('outer_lr', 'final_lr', 'inner_lr', 'test_lr'),
+  *('scale', 'strength', 'clip_norm'),
+)
 COST = 'steps', 'examples_per_second', 'flops_per_step', 'peak_bytes'
 
 
@@ -87,9 +108,18 @@ SMALL = {
 def network(config: Task, num_classes: int | None) -> Conv4:
   """The model in training; None: without a head.
 
+  Every method begins here, so this is where settings are looked at.
+
   Raises:
-    UsageError: if the norm is none for training from nothing.
+    UsageError: if a setting is out of range, or the norm is none for training
+      from nothing.
   """
+  require(config, LEAST, POSITIVE)
+  if getattr(config, 'train_ways', 0) == 1:
+    raise fmeta.UsageError(
+      'config.train_ways is 1, and one class is always right; give at least 2, '
+      'or 0 for as many as in testing'
+    )
   if config.norm not in NORMS:
     raise fmeta.UsageError(
       f'norm {config.norm!r} is not trained here; choose one of {NORMS}'
@@ -219,7 +249,7 @@ def fit(config, context, method, source, validation):
     right = evaluate.evaluate_episodes(
       method.predict,
       params,
-      validation.__getitem__,
+      validation,
       config.validation_episodes,
     )
     return {'accuracy': float(right.mean())}
