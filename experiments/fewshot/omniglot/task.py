@@ -58,7 +58,7 @@ class Task:
   seed: Seeds = dataclasses.field(default_factory=Seeds)
   split: str = 'random'  # or 'alphabets', see `splits`
   split_seed: int = 0
-  train_characters: int = 1100
+  train_characters: int = 1100  # what is left is tested on
   validation_characters: int = 100
   ways: int = 5
   shots: int = 1
@@ -66,17 +66,16 @@ class Task:
   filters: int = 64
   norm: str = 'transductive'  # or 'group', where no image sees another
   precision: str = 'float32'  # or 'tf32', 'bfloat16', see `computing_in`
-  meta_batch: int = 32
+  meta_batch: int = 32  # tasks per outer step
   chunk: int = 0  # tasks at a time and device, 0: all
   outer_lr: float = 1e-3
   final_lr: float = 1.0  # over the first; below 1: half a cosine down to it
-  # The paper's 60,000 would take hours on two cores.
-  iterations: int = 3000
+  iterations: int = 3000  # outer steps; the paper's 60,000 take hours on CPU
   steps_per_dispatch: int = 10
   # Images stay on the device and a dispatch sends row numbers.
   resident: bool = False
-  evaluate_every: int = 1000
-  validation_episodes: int = 100
+  evaluate_every: int = 1000  # outer steps; a checkpoint is written, too
+  validation_episodes: int = 100  # a multiple of ten, like all of these
   test_episodes: int = 600
   # Of each class; 0: as many as shots, as the paper has it. With
   # 'transductive' norms it is part of the method: what is normalised together.
