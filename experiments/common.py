@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ __all__ = [
   'fit_options',
   'in_turn',
   'placement',
+  'require',
   'trial',
 ]
 
@@ -46,6 +47,28 @@ def data_devices(context: Context) -> int:
   return axes.get('data', 1)
 
 
+def require(
+  config: Any, least: Mapping[str, int], positive: Iterable[str] = ()
+) -> None:
+  """Refuses numbers that mean nothing, before anything is loaded.
+
+  Args:
+    config: an experiment's; fields that it has not are passed over.
+    least: field -> the smallest value that it, or an item of it, may have.
+    positive: fields that must be above 0, such as rates.
+
+  Raises:
+    UsageError: naming the first that is not.
+  """
+  rules = [(name, f'at least {low}', low, False) for name, low in least.items()]
+  rules += [(name, 'a number above 0', 0, True) for name in positive]
+  for name, words, low, strict in rules:
+    given = getattr(config, name, ())
+    for value in given if isinstance(given, tuple) else (given,):
+      if value < low or (strict and value == low):
+        raise UsageError(f'config.{name} is {given}; give {words}')
+
+
 def in_turn(tasks: int, chunk: int, devices: int) -> ValueAndGrad:
   """The gradient of a meta-batch, `chunk` tasks at a time on each device.
 
@@ -57,13 +80,17 @@ def in_turn(tasks: int, chunk: int, devices: int) -> ValueAndGrad:
   Raises:
     UsageError: if the tasks do not divide so.
   """
+  if chunk < 0:
+    raise UsageError(f'chunks of {chunk} tasks; give 0 (all at once) or more')
+  if tasks % (max(chunk, 1) * devices):
+    parts = f' in chunks of {chunk}' if chunk else ''
+    raise UsageError(
+      f'{tasks} tasks do not divide over {devices} device(s){parts}; give a '
+      f'multiple of {max(chunk, 1) * devices} tasks, or choose another '
+      '--config.chunk or --mesh'
+    )
   if not chunk:
     return gradients.plain
-  if tasks % (chunk * devices):
-    raise UsageError(
-      f'{tasks} tasks do not divide over {devices} device(s) in chunks of '
-      f'{chunk}; choose another --config.chunk'
-    )
   return gradients.accumulate(tasks // chunk, lanes=devices)
 
 

@@ -21,7 +21,7 @@ import jax
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
-from experiments import files
+from experiments import files, notes
 from fmeta import config as settings
 from fmeta import result as results
 from fmeta import sharding
@@ -196,8 +196,11 @@ def help_text(options: flags.FlagValues) -> str:
     return '\n'.join(lines)
   module = files.load(files.find(options.config))
   lines += ['', f'{options.config}: {(module.__doc__ or "").strip()}', '']
-  for name, value in settings.flatten(module.Config()).items():
-    lines.append(f'  --config.{name}={value}')
+  config = module.Config()
+  words = notes.of(config)
+  for name, value in settings.flatten(config).items():
+    note = f'  # {words[name]}' if name in words else ''
+    lines.append(f'  --config.{name}={value}{note}')
   return '\n'.join(lines)
 
 

@@ -89,7 +89,8 @@ def pairs_of(
 
 
 def _shown(interval: Interval, sign: str = '') -> str:
-  mean, low, high = interval
+  # + 0.0: a mean of -1e-17 is no -0.0000.
+  mean, low, high = (round(float(x), 4) + 0.0 for x in interval)
   return f'{mean:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]'
 
 

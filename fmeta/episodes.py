@@ -164,6 +164,8 @@ def episodes(
   check_columns(columns)
   sizes = {'ways': ways, 'shots': shots, 'queries': queries, 'tasks': tasks}
   for name, value in sizes.items():
+    if not isinstance(value, int | np.integer):
+      raise UsageError(f'{name} {value!r} is no integer; give at least 1')
     if value < 1:
       raise UsageError(f'{name} {value} is not positive; give at least 1')
   groups = rows_by_class(columns, key, classes)
@@ -233,7 +235,9 @@ def classes_with(
 class EpisodeList(Sequence):
   """The first `num` tasks as a read-only list of meta-batches.
 
-  Made when read, for 600 episodes of images would fill the memory.
+  Made when read, for 600 episodes of images would fill the memory. It can be
+  called like the `Episodes` it is the beginning of, and so goes to
+  `evaluate.evaluate_episodes(predict, params, episode_list, episode_list.num)`.
   """
 
   def __init__(self, source: Episodes, num: int):
@@ -241,6 +245,10 @@ class EpisodeList(Sequence):
 
   def __len__(self) -> int:
     return self.num // self.source.tasks
+
+  def __call__(self, i: int) -> Episode:
+    """The i-th meta-batch of the list."""
+    return self[i]
 
   def __getitem__(self, index: Any) -> Any:
     if isinstance(index, slice):

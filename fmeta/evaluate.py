@@ -232,6 +232,12 @@ def answer_episodes(
       )
     weight = episode['query'].get('weight', np.ones(labels.shape))
     weight = np.asarray(weight, np.float64)
+    most = int(labels[weight > 0].max(initial=0))
+    if most >= logits.shape[-1]:
+      raise UsageError(
+        f'a query has label {most} and predict_fn gave {logits.shape[-1]} '
+        'logits; give the model or head as many ways as the episodes have'
+      )
     answers.append((logits, labels, weight))
     done, index = done + len(labels), index + 1
   # Fetched after the loop so that the device never waits for the host.

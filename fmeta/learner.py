@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fmeta import through as ways
@@ -276,7 +277,14 @@ def adapt(
 
   Returns:
     The last state, and what `every` gave, stacked [num_steps, ...].
+
+  Raises:
+    UsageError: if `num_steps` counts nothing or `through` is no `Through`.
   """
+  if not isinstance(num_steps, int | np.integer) or num_steps < 0:
+    raise UsageError(
+      f'num_steps {num_steps!r} is no number of steps; give 0, 1, 2, ...'
+    )
   frozen = state.frozen  # constant: kept out of the scan's carry
 
   def body(carry, index):
@@ -289,5 +297,5 @@ def adapt(
     return learner.gradient(carry.replace(frozen=frozen), batch, rng)
 
   loop = ways.Loop(body, state.replace(frozen={}), num_steps, gradient)
-  last, history = through(loop)
+  last, history = ways.passed(through, loop)
   return last.replace(frozen=frozen), history

@@ -44,7 +44,13 @@ def in_chunks(size: int) -> Over:
   Where `size` divides the tasks, a chunk's are equally far apart: with tasks
   split over the devices of a mesh each device has its share of every chunk, if
   their number divides `size`, and none waits or fetches.
+
+  Raises:
+    UsageError: if `size` is not positive.
   """
+
+  if size < 1:
+    raise UsageError(f'in_chunks({size}) maps no task; give at least 1')
 
   def over(fun):
     def run(*args):
@@ -64,11 +70,32 @@ def in_chunks(size: int) -> Over:
   return over
 
 
+def with_hyper(params: Params, what: str) -> tuple[Any, Params]:
+  """`hyper` and `model` of outer parameters that hold both.
+
+  Args:
+    params: outer parameters.
+    what: needs them, for the message.
+
+  Raises:
+    UsageError: if one is missing.
+  """
+  missing = {'model', 'hyper'} - set(params)
+  if missing:
+    raise UsageError(
+      f'{what} needs outer parameters {{"model", "hyper"}}, got '
+      f'{sorted(params)}; give {{"model": the parameters, "hyper": what is '
+      'learned beside them}'
+    )
+  return params['hyper'], params['model']
+
+
 def inner_learner(inner: Inner, params: Params) -> tuple[Learner, Params]:
   """The inner learner and where it starts; `hyper` is part of `params`."""
   if isinstance(inner, Learner):
     return inner, params
-  return inner(params['hyper']), params['model']
+  hyper, model = with_hyper(params, 'an inner learner of hyper-parameters')
+  return inner(hyper), model
 
 
 def _adapted(
@@ -91,12 +118,43 @@ def _adapted(
   return learner, state
 
 
+def require_parts(
+  episodes: Mapping, parts: tuple[str, ...] = ('support', 'query')
+) -> None:
+  """Raises `UsageError` for a batch that is no meta-batch of episodes."""
+  if not set(parts) <= set(episodes):
+    raise UsageError(
+      f'a batch of {sorted(episodes)} has no episodes; give {{"support": '
+      'batch, "query": batch} with a leading task axis, as '
+      'episodes.episodes(columns, ...) draws it'
+    )
+
+
+def num_tasks(episodes: Mapping) -> int:
+  """The length of the leading axis, which all leaves share.
+
+  Raises:
+    UsageError: if they do not.
+  """
+  sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(episodes)}
+  if len(sizes) != 1 or sizes == {()}:
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(episodes)]
+    raise UsageError(
+      f'leaves of shapes {shapes} have no task axis in common; give [tasks, '
+      'examples, ...] everywhere (a single task: [1, examples, ...])'
+    )
+  return sizes.pop()[0]
+
+
 def per_task(fun: Callable, over: Over, episodes: Mapping, rng: Array | None):
   """Runs `fun(episode, key)` over the leading task axis of `episodes`.
 
   Without a key (evaluation) every task adapts with one fixed key.
+
+  Raises:
+    UsageError: if the leaves have no such axis in common.
   """
-  tasks = jax.tree.leaves(episodes)[0].shape[0]
+  tasks = num_tasks(episodes)
   root = jax.random.key(ADAPT) if rng is None else rng
   keys = jax.vmap(functools.partial(jax.random.fold_in, root))(
     jnp.arange(tasks)
@@ -145,6 +203,8 @@ def episode_loss(
   _check_batch_size(batch_size)
 
   def loss(params, model_state, batch, rng):
+    require_parts(batch)
+
     def one(episode, key):
       support = batches_of(episode['support'], batch_size)
       learner, state = _adapted(
@@ -217,6 +277,7 @@ def reptile_loss(
   _check_batch_size(batch_size)
 
   def loss(params, model_state, batch, rng):
+    require_parts(batch, ('support',))
     # Stopped where it starts: the adaptation is never differentiated, so any
     # inner optimiser will do.
     start = jax.lax.stop_gradient(params)
@@ -274,6 +335,8 @@ def predict_episodes(
   _check_batch_size(batch_size)
 
   def predict(params, episodes, rng):
+    require_parts(episodes)
+
     def one(episode, key):
       support = batches_of(episode['support'], batch_size)
       learner, state = _adapted(

@@ -48,12 +48,21 @@ def minus(first: Scores, second: Scores) -> metrics.Interval:
   """
   sizes = [np.shape(scores.values)[-1] for scores in (first, second)]
   if first.tested_on != second.tested_on or sizes[0] != sizes[1]:
+    one, other = _apart(first.tested_on, second.tested_on)
     raise UsageError(
-      f'tested on {first.tested_on!r} ({sizes[0]}) and on '
-      f'{second.tested_on!r} ({sizes[1]}); a paired difference needs one list: '
-      'run both with the same data and test seeds'
+      f'tested on {one!r} ({sizes[0]} tests) and on {other!r} ({sizes[1]} '
+      'tests); a paired difference needs one list: test both on the same data '
+      'with the same settings of the test, or choose rows with --rows'
     )
   return metrics.paired_bootstrap(first.values, second.values, first.groups)
+
+
+def _apart(first: str, second: str) -> tuple[str, str]:
+  """Names of two lists without the fingerprint that both begin with."""
+  start, _, rest = first.partition(', ')
+  other_start, _, other = second.partition(', ')
+  shared = start == other_start and rest and other
+  return (rest, other) if shared else (first, second)
 
 
 def save(folder: pathlib.Path, scores: Mapping[str, Scores]) -> None:

@@ -50,6 +50,27 @@ class Loop(NamedTuple):
 
 Through = Callable[[Loop], tuple[TrainState, Any]]
 
+_VALUES = (
+  'plain, remat, mixed, first_order, in_segments(n) or implicit(solve) of '
+  'fmeta.through'
+)
+
+
+def passed(through: Through, loop: Loop) -> tuple[TrainState, Any]:
+  """`through(loop)`.
+
+  Raises:
+    UsageError: for anything else than one of the values above, such as a name
+      or a factory without its arguments.
+  """
+  made = through(loop) if callable(through) else None
+  if isinstance(made, tuple) and len(made) == 2:
+    return made
+  raise UsageError(
+    f'through={getattr(through, "__name__", through)!r} runs no inner loop; '
+    f'give {_VALUES}'
+  )
+
 
 def plain(loop: Loop) -> tuple[TrainState, Any]:
   """Reverse mode over a scan: the backward pass keeps every step's values."""
@@ -177,6 +198,8 @@ def neumann(num_steps: int, rate: Array | float) -> Solve:
   et al. 2020, https://arxiv.org/abs/1911.02590, algorithm 3).
   """
   _require_steps('neumann', num_steps)
+  if isinstance(rate, int | float) and rate <= 0:
+    raise UsageError(f'neumann(rate={rate}); choose a rate above 0')
 
   def solve(product, v):
     def body(carry, _):
@@ -218,8 +241,14 @@ def implicit(solve: Solve) -> Through:
       d it is (H + d I)^-1 that is taken.
 
   Raises:
-    UsageError: in the loop, without a penalty that remembers the start.
+    UsageError: if `solve` is none, and in the loop without a penalty that
+      remembers the start.
   """
+  if not callable(solve):
+    raise UsageError(
+      f'implicit needs a solver and got a {type(solve).__name__}; write '
+      'implicit(cg(num_steps)) or implicit(neumann(num_steps, rate))'
+    )
 
   def run(loop):
     if not loop.num_steps:

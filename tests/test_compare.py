@@ -112,6 +112,26 @@ def test_bad_input_is_one_line(runs, capsys, arguments, words):
   assert words in error and '\n' not in error
 
 
+def test_lists_that_differ_are_named_by_what_differs():
+  one, other = (
+    Scores(np.ones(3), f'{"ab" * 32}, 5 ways, {queries} queries')
+    for queries in (1, 5)
+  )
+  with pytest.raises(UsageError) as caught:
+    scores.minus(one, other)
+  message = str(caught.value)
+  assert "'5 ways, 1 queries' (3 tests) and on '5 ways, 5 queries'" in message
+  with pytest.raises(UsageError, match="'cd, 5 ways'"):
+    scores.minus(one, other._replace(tested_on='cd, 5 ways'))
+
+
+def test_nothing_is_not_less_than_nothing():
+  same = compare.Compared(
+    ('a', 'a'), *[metrics.Interval(-1e-17, 0, 0)] * 3, 1, 1
+  )
+  assert '-0.0000' not in compare.table([same])
+
+
 def test_runs_without_a_shared_row_or_scores_are_refused(runs, tmp_path):
   saved(tmp_path / 'three', b=Scores(np.ones(3), 'three'))
   with pytest.raises(UsageError, match='share no row: a/maml, a/mean and b'):
@@ -126,5 +146,7 @@ def test_runs_without_a_shared_row_or_scores_are_refused(runs, tmp_path):
 
 def test_lists_of_another_length_are_not_paired():
   one, two = Scores(np.ones(3), 'list'), Scores(np.ones(4), 'list')
-  with pytest.raises(UsageError, match=r"on 'list' \(3\) and on 'list' \(4\)"):
+  with pytest.raises(
+    UsageError, match=r"on 'list' \(3 tests\) and on 'list' \(4"
+  ):
     scores.minus(one, two)

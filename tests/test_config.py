@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from experiments import notes
 from fmeta import config as settings
 from fmeta.errors import UsageError
 
@@ -89,6 +90,43 @@ def test_a_wrong_flag_is_one_line_that_names_the_remedy(field, text, words):
   for word in words:
     assert word in message
   assert config == Config()
+
+
+@dataclasses.dataclass
+class Noted:
+  """A field's words stand beside it or above it."""
+
+  rate: float = 0.1  # of the #1 optimiser
+  plain: int = 0
+
+  # Several lines
+  # above.
+  shape: tuple[int, ...] = (
+    1,  # of an item
+  )
+  text: str = '# no comment'
+
+
+@dataclasses.dataclass
+class More(Noted):
+  """A default that is only changed keeps its words."""
+
+  rate: float = 0.2
+  plain: int = 1  # now with words
+  optim: Noted = dataclasses.field(default_factory=Noted)
+
+
+def test_notes_are_the_comments_of_fields():
+  found = notes.of(More())
+  assert found['rate'] == found['optim.rate'] == 'of the #1 optimiser'
+  assert found['plain'] == 'now with words' and 'optim.plain' not in found
+  assert 'text' not in found
+  assert found['shape'] == 'Several lines above.'
+
+
+def test_a_class_without_source_has_no_notes():
+  made = dataclasses.make_dataclass('Made', [('rate', float, 0.1)])
+  assert notes.of(made()) == {}
 
 
 def test_each_seed_is_a_field_of_its_own():

@@ -151,3 +151,17 @@ def test_an_unknown_method_is_refused_with_those_that_exist(
   bench = names.open_bench(config, Context(tmp_path))
   with pytest.raises(UsageError, match="no method 'maml'; possible: fine-t"):
     docparams_maml.run_methods(bench)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'words'),
+  [
+    ({'iterations': 0}, 'config.iterations is 0; give at least 1'),
+    ({'inner_lr': -0.01}, 'config.inner_lr is -0.01; give a number above 0'),
+    ({'test_steps': (0, -1)}, r'config.test_steps is \(0, -1\); give at lea'),
+  ],
+)
+def test_sinusoids_refuse_settings_out_of_range(settings, words, tmp_path):
+  config = sinusoid_maml.Config(**settings)
+  with pytest.raises(UsageError, match=words):
+    sinusoid_maml.run(config, Context(tmp_path))

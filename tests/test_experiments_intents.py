@@ -168,6 +168,11 @@ def test_one_step_of_a_zero_head_and_an_untrained_protonet_are_nearest_mean(
     ({'folds': (2,)}, 'banking77: episodic/02 is not in '),
     ({'iterations': 100}, '100 iterations have no 3 equal parts'),
     ({'reptile_batch': 7}, 'batches of 7 texts do not hold 5 intents evenly'),
+    ({'ways': 1}, 'config.ways is 1; give at least 2'),
+    ({'iterations': 0}, 'config.iterations is 0; give at least 1'),
+    ({'outer_lr': -1.0}, 'config.outer_lr is -1.0; give a number above 0'),
+    ({'rate_factors': (1.0, 0.0)}, 'config.rate_factors is (1.0, 0.0); give'),
+    ({'test_steps': (3, 1)}, 'give numbers of steps that grow'),
     ({'control_episodes': 5}, '5 control episodes of 600; give a multiple of'),
   ],
 )

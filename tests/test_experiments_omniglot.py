@@ -6,12 +6,14 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_experiments_fewshot import small
+from test_experiments_fewshot import small, text
 
+from experiments import run
 from experiments.common import Seeds
 from experiments.fewshot.omniglot import (
   baseline_plus_plus,
   maml,
+  protonet,
   reptile,
   splits,
   task,
@@ -184,3 +186,42 @@ def test_a_meta_step_moves_what_the_method_learns(name, tmp_path, drawn):
   # offsets.
   dead = re.compile(r'hyper/.*(conv/bias|norm/(scale|bias))')
   assert not {leaf for leaf in still if not dead.fullmatch(leaf)}
+
+
+@pytest.mark.parametrize(
+  ('settings', 'words'),
+  [
+    ({'ways': 0}, 'config.ways is 0; give at least 2'),
+    ({'ways': 1}, 'config.ways is 1; give at least 2'),
+    ({'chunk': -1}, 'config.chunk is -1; give at least 0'),
+    ({'iterations': 0}, 'config.iterations is 0; give at least 1'),
+    ({'test_steps': -1}, 'config.test_steps is -1; give at least 0'),
+    ({'curve_steps': -1}, 'config.curve_steps is -1; give at least 0'),
+    ({'inner_lr': -0.4}, 'config.inner_lr is -0.4; give a number above 0'),
+    ({'outer_lr': 0.0}, 'config.outer_lr is 0.0; give a number above 0'),
+    ({'final_lr': -1.0}, 'config.final_lr is -1.0; give a number above 0'),
+    ({'weights': 'none'}, "config.weights is 'none', where there is no"),
+  ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_written(
+  settings, words, tmp_path, drawn, capsys
+):
+  flags = [f'--config.{k}={text(v)}' for k, v in settings.items()]
+  small_flags = [f'--config.{k}={text(v)}' for k, v in maml.SMALL.items()]
+  command = ['run', '--config=experiments/fewshot/omniglot/maml.py']
+  folder = tmp_path / 'run'
+  assert run.main([*command, f'--workdir={folder}', *small_flags, *flags]) == 2
+  message = capsys.readouterr().err
+  assert words in message and message.count('\n') == 1
+  assert not folder.exists()
+
+
+def test_a_head_is_not_trained_on_one_class(tmp_path):
+  config = protonet.Config(train_ways=1)
+  with pytest.raises(UsageError, match='train_ways is 1, and one class'):
+    protonet.run(config, Context(tmp_path))
+
+
+def test_tasks_that_do_not_divide_over_the_mesh_are_refused_at_once(tmp_path):
+  with pytest.raises(UsageError, match=r'32 tasks do not divide over 3 dev'):
+    maml.run(maml.Config(), Context(tmp_path, mesh='data:3'))

@@ -5,18 +5,34 @@ import re
 
 import pytest
 
+from fmeta import metrics, tree
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = ('README.md', 'BUILD.md', 'experiments/README.md')
 
 
 def test_the_library_example_runs_and_learns():
   text = (ROOT / 'README.md').read_text()
-  (block,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  block, _ = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
   names = {}
   exec(compile(block, 'README.md', 'exec'), names)
   first, last = names['fitted'].history[0], names['fitted'].history[-1]
   assert last['loss'] < 0.7 * first['loss']
   assert names['maml'].step is not names['learner'].step
+
+
+def test_the_few_shot_example_runs_and_what_it_learns_helps():
+  text = (ROOT / 'README.md').read_text()
+  _, block = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  names = {}
+  exec(compile(block, 'README.md', 'exec'), names)
+  gain = metrics.paired_bootstrap(names['after'], names['before'])
+  assert gain.low > 0.05
+  factors = [x for x in tree.names(names['fitted'].params) if 'lora_a' in x]
+  assert factors
+  for name in factors:
+    learned = tree.get(names['fitted'].params, name)
+    assert (learned != tree.get(names['start'], name)).any()
 
 
 @pytest.mark.parametrize('name', DOCUMENTS)

@@ -184,6 +184,13 @@ def test_help_shows_the_flags_and_the_fields(toy, capsys):
     assert words in shown
 
 
+def test_help_says_what_a_field_means(capsys):
+  assert start('--help', '--config=experiments/fewshot/omniglot/maml.py') == 0
+  shown = capsys.readouterr().out
+  assert '--config.queries=0  # to train with; 0: as many as shots' in shown
+  assert '--config.test_steps=3  # in testing' in shown
+
+
 def test_the_list_names_what_can_be_run(capsys):
   assert start('--list') == 0
   shown = capsys.readouterr().out

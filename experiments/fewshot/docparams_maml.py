@@ -30,8 +30,9 @@ import dataclasses
 import jax
 
 import fmeta
-from experiments.common import Seeds, trial
+from experiments.common import Seeds, require, trial
 from experiments.fewshot import intent_table, text_table, text_task
+from experiments.fewshot.intent_methods import LEAST
 from experiments.fewshot.names import SPLITS, open_bench
 from experiments.fewshot.text_family import Family, choose_and_test, cost_of
 from experiments.fewshot.text_table import REFERENCE
@@ -149,6 +150,7 @@ def result_of(family: Family, method: str, seed: int) -> dict:
 def run_methods(bench: Bench) -> dict[str, list[dict]]:
   """Method -> a result per seed; prints each grid."""
   config = bench.config
+  require(config, LEAST)
   possible = Config.methods
   for name in config.methods:
     if name not in possible:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import fmeta
-from experiments.common import Seeds, best_setting, trial
+from experiments.common import Seeds, best_setting, require, trial
 from experiments.fewshot.text_family import Family, choose_and_test, cost_of
 from experiments.fewshot.text_table import REFERENCE, show_grid
 from experiments.fewshot.text_task import Bench, head_scores, nearest_mean
@@ -54,6 +54,18 @@ INNER = {
   'LoRA-MAML': 'factors',
   'Reptile': 'block',
 }
+# The smallest value of each setting of the two tables.
+LEAST = {
+  **dict.fromkeys(('shots', 'queries', 'meta_batch', 'iterations'), 1),
+  **dict.fromkeys(('max_length', 'blocks', 'rank', 'inner_steps'), 1),
+  **dict.fromkeys(('steps_per_dispatch', 'tasks', 'folds'), 1),
+  'ways': 2,
+  'test_steps': 0,
+}
+POSITIVE = (
+  *('head_rate', 'block_rate', 'norm_rate', 'lora_rate', 'rate_factors'),
+  *('outer_lr', 'lora_outer_lr', 'reptile_lr', 'protonet_rates', 'scale'),
+)
 UNTRAINED = ('linear probe', 'fine-tuning', 'LN-tuning', 'LoRA')
 
 
@@ -126,6 +138,13 @@ def families_of(bench: Bench) -> dict[str, Family]:
 
 def check_settings(config: Any) -> None:
   """Refuses what cannot run, before anything is loaded."""
+  require(config, LEAST, POSITIVE)
+  steps = config.test_steps
+  if list(steps) != sorted(set(steps)) or not steps or not config.rate_factors:
+    raise fmeta.UsageError(
+      f'config.test_steps is {steps}, config.rate_factors '
+      f'{config.rate_factors}; give numbers of steps that grow, and a factor'
+    )
   if config.dataset not in DATASETS:
     raise fmeta.UsageError(
       f'no data set {config.dataset!r}; possible: {", ".join(DATASETS)}'

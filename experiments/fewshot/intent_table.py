@@ -56,7 +56,11 @@ def present(
     'Which method beats the nearest class mean of the frozen encoder?',
     table.rows,
     note,
-    report.curves(table.lines, xlabel='inner steps'),
+    report.curves(
+      table.lines,
+      xlabel=f'inner steps ({table.numbers[f"{name}/tests"]:,} tests each)',
+      title=title,
+    ),
     reference=REFERENCE,
     total=bench.total,
   )

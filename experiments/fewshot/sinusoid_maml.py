@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import fmeta
-from experiments.common import Seeds, fit_options
+from experiments.common import Seeds, fit_options, require
 from fmeta import data, draw, evaluate, optim, train
 from fmeta.models import forward, init
 from fmeta.models.mlp import Mlp
@@ -42,6 +42,11 @@ class Config:
   test_steps: tuple[int, ...] = (0, 1, 5, 10)
 
 
+LEAST = {
+  **dict.fromkeys(('shots', 'queries', 'meta_batch', 'iterations'), 1),
+  **dict.fromkeys(('inner_steps', 'test_steps'), 0),
+  'test_tasks': 1,
+}
 SMALL = {'iterations': 30, 'test_tasks': 20, 'test_steps': (0, 1)}
 
 
@@ -107,6 +112,7 @@ def train_and_test(
     params: where the outer loop starts.
     predict_after: `inner steps -> predict function of episodes`.
   """
+  require(config, LEAST, ('inner_lr', 'outer_lr'))
   learner = fmeta.finetune(meta_loss, optim.adam(config.outer_lr))
   episodes = sinusoids(
     config.seed.data, config.meta_batch, config.shots, config.queries

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 
 from fmeta.fewshot.episode_losses import Predict
 from fmeta.learner import adapt
-from fmeta.meta import ADAPT, INIT, Inner, Over, inner_learner, per_task
+from fmeta.meta import (
+  ADAPT,
+  INIT,
+  Inner,
+  Over,
+  inner_learner,
+  per_task,
+  require_parts,
+)
 from fmeta.types import Forward, ModelState
 
 
@@ -33,6 +41,8 @@ def predict_by_step(
   """
 
   def predict(params, episodes, rng):
+    require_parts(episodes)
+
     def one(episode, key):
       learner, start = inner_learner(inner, params)
 

@@ -13,10 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fmeta.errors import UsageError
 from fmeta.fewshot.heads import Head, Learned
 from fmeta.losses import Criterion, softmax_cross_entropy, supervised
-from fmeta.meta import ADAPT, QUERY, Over, per_task
+from fmeta.meta import ADAPT, QUERY, Over, per_task, require_parts, with_hyper
 from fmeta.types import (
   Array,
   Aux,
@@ -35,13 +34,8 @@ Predict = Callable[[Params, Batch, Array | None], Array]
 def _split(head: Head | Learned, params: Params) -> tuple[Head, Params]:
   if not isinstance(head, Learned):
     return head, params
-  missing = {'model', 'hyper'} - set(params)
-  if missing:
-    raise UsageError(
-      f'a learned head needs outer parameters {{"model", "hyper"}}, got '
-      f'{sorted(params)}; give {{"model": ..., "hyper": the init of the head}}'
-    )
-  return head.head_of(params['hyper']), params['model']
+  hyper, model = with_hyper(params, 'a learned head')
+  return head.head_of(hyper), model
 
 
 def head_forward(head: Head | Learned, embed: Forward, ways: int) -> Forward:
@@ -73,6 +67,7 @@ def head_forward(head: Head | Learned, embed: Forward, ways: int) -> Forward:
 
 def beside_support(episode: Batch) -> Batch:
   """The episode with its support under one more key of its queries."""
+  require_parts(episode)
   support = episode['support']
   return {**episode, 'query': {**episode['query'], 'support': support}}
 
@@ -180,6 +175,8 @@ def starting_from(
   """
 
   def loss(params, model_state, batch, rng):
+    require_parts(batch)
+
     def one(episode, key):
       key = None if rng is None else key
       begun = start(params, model_state, episode['support'], key)
@@ -205,6 +202,8 @@ def predict_from(
   state = {} if model_state is None else model_state
 
   def predicted(params, episodes, rng):
+    require_parts(episodes)
+
     def one(episode, key):
       begun = start(params, state, episode['support'], None)
       key = None if rng is None else key

@@ -22,7 +22,7 @@ from fmeta.fewshot.heads import product
 from fmeta.fewshot.starts import NEVER
 from fmeta.learner import adapt, finetune
 from fmeta.losses import softmax_cross_entropy, supervised
-from fmeta.meta import Over, episode_loss, predict_episodes
+from fmeta.meta import Over, episode_loss, predict_episodes, with_hyper
 from fmeta.optim import sgd
 from fmeta.tuning import select
 from fmeta.types import Array, Batch, Forward, Learner, LossFn, Params, Scalar
@@ -160,7 +160,7 @@ def leo_start(embed: Forward, ways: int, num_steps: int) -> Start:
   """
 
   def start(params, model_state, support, rng):
-    model, rates = params['model'], params['hyper']
+    rates, model = with_hyper(params, 'LEO')
     keys = [None] * 4
     if rng is not None:
       streams = (EMBED, LATENT, STEPS, DECODE)

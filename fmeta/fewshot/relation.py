@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fmeta.errors import UsageError
 from fmeta.fewshot.heads import (
   Head,
   check_task,
@@ -52,7 +53,15 @@ def relation_init(rng: Array, features: int, hidden: int = 8) -> Params:
     rng: `jax.random.key`.
     features: D, of the embedding.
     hidden: units; 8 as in the paper's figure 4.
+
+  Raises:
+    UsageError: if there are no features or no units.
   """
+  if min(features, hidden) < 1:
+    raise UsageError(
+      f'{features} features and {hidden} hidden units compare nothing; give at '
+      'least 1 of each'
+    )
   keys = jax.random.split(rng)
   draw = jax.nn.initializers.lecun_normal()
   return {

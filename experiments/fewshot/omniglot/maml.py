@@ -29,8 +29,8 @@ class Config(task.Task):
   """The task's fields and MAML's; defaults are the paper's."""
 
   inner_lr: float = 0.4
-  inner_steps: int = 1
-  test_steps: int = 3
+  inner_steps: int = 1  # in training
+  test_steps: int = 3  # in testing
 
 
 def method(

@@ -146,7 +146,7 @@ def test(
     norm: as in training.
   """
   first = f'accuracy_{norm}'
-  judged = {first: (predict, held_out.__getitem__)}
+  judged = {first: (predict, held_out)}
   if norm != 'group':
     judged['accuracy_support_statistics'] = (
       predict_alone,
@@ -169,7 +169,7 @@ def after_steps(
 ) -> dict[str, np.ndarray]:
   """Name -> accuracy of each episode, after each number of inner steps."""
   right = evaluate.answer_episodes(
-    by_step, params, held_out.__getitem__, held_out.num
+    by_step, params, held_out, held_out.num
   ).accuracies
   return {f'accuracy_{norm}_after_{k}': at for k, at in enumerate(right.T)}
 
@@ -214,11 +214,22 @@ def draw_curve(
   norm: str,
   xlabel: str,
   path: pathlib.Path,
+  title: str,
 ) -> None:
-  """Prints means at `places` and draws them with their intervals."""
+  """Prints means at `places` and draws them with their intervals.
+
+  Args:
+    found: accuracy of each episode, place by place.
+    places: numbers of `xlabel`.
+    norm: as in training.
+    xlabel: 'inner steps' or 'shots'.
+    path: of the picture.
+    title: what was tested, of the picture.
+  """
   at = [evaluate.summarize(values) for values in found.values()]
   line = Line(norm, places, [one.mean for one in at], [one.ci95 for one in at])
-  path.write_bytes(curves([line], xlabel=xlabel).png)
+  label = f'{xlabel} ({at[0].n} episodes each)'
+  path.write_bytes(curves([line], xlabel=label, title=title).png)
   shown = ', '.join(
     f'{place}: {100 * one.mean:.2f}'
     for place, one in zip(places, at, strict=True)

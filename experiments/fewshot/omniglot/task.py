@@ -17,7 +17,13 @@ import numpy as np
 import optax
 
 import fmeta
-from experiments.common import Seeds, data_devices, fit_options, in_turn
+from experiments.common import (
+  Seeds,
+  data_devices,
+  fit_options,
+  in_turn,
+  require,
+)
 from experiments.fewshot.omniglot import measure, splits, testing, weights
 from experiments.fewshot.omniglot.testing import Method
 from fmeta import episodes, evaluate, optim, train
@@ -27,6 +33,21 @@ from fmeta.scores import Scores
 from fmeta.workdir import Context
 
 NORMS = 'transductive', 'group'
+# The smallest value of each setting of this and of the methods' own.
+LEAST = {
+  **dict.fromkeys(('shots', 'filters', 'meta_batch', 'iterations'), 1),
+  **dict.fromkeys(('steps_per_dispatch', 'train_shots', 'inner_batch'), 1),
+  **dict.fromkeys(('batch_size', 'latents', 'hidden'), 1),
+  **dict.fromkeys(('queries', 'test_queries', 'chunk', 'evaluate_every'), 0),
+  **dict.fromkeys(('curve_steps', 'statistics_batches', 'inner_steps'), 0),
+  **dict.fromkeys(('test_steps', 'latent_steps', 'head_steps', 'crop'), 0),
+  **dict.fromkeys(('train_ways', 'kl', 'damping', 'multi_step'), 0),
+  'ways': 2,
+}
+POSITIVE = (
+  *('outer_lr', 'final_lr', 'inner_lr', 'test_lr'),
+  *('scale', 'strength', 'clip_norm'),
+)
 COST = 'steps', 'examples_per_second', 'flops_per_step', 'peak_bytes'
 
 
@@ -37,7 +58,7 @@ class Task:
   seed: Seeds = dataclasses.field(default_factory=Seeds)
   split: str = 'random'  # or 'alphabets', see `splits`
   split_seed: int = 0
-  train_characters: int = 1100
+  train_characters: int = 1100  # what is left is tested on
   validation_characters: int = 100
   ways: int = 5
   shots: int = 1
@@ -45,17 +66,16 @@ class Task:
   filters: int = 64
   norm: str = 'transductive'  # or 'group', where no image sees another
   precision: str = 'float32'  # or 'tf32', 'bfloat16', see `computing_in`
-  meta_batch: int = 32
+  meta_batch: int = 32  # tasks per outer step
   chunk: int = 0  # tasks at a time and device, 0: all
   outer_lr: float = 1e-3
   final_lr: float = 1.0  # over the first; below 1: half a cosine down to it
-  # The paper's 60,000 would take hours on two cores.
-  iterations: int = 3000
+  iterations: int = 3000  # outer steps; the paper's 60,000 take hours on CPU
   steps_per_dispatch: int = 10
   # Images stay on the device and a dispatch sends row numbers.
   resident: bool = False
-  evaluate_every: int = 1000
-  validation_episodes: int = 100
+  evaluate_every: int = 1000  # outer steps; a checkpoint is written, too
+  validation_episodes: int = 100  # a multiple of ten, like all of these
   test_episodes: int = 600
   # Of each class; 0: as many as shots, as the paper has it. With
   # 'transductive' norms it is part of the method: what is normalised together.
@@ -87,9 +107,18 @@ SMALL = {
 def network(config: Task, num_classes: int | None) -> Conv4:
   """The model in training; None: without a head.
 
+  Every method begins here, so this is where settings are looked at.
+
   Raises:
-    UsageError: if the norm is none for training from nothing.
+    UsageError: if a setting is out of range, or the norm is none for training
+      from nothing.
   """
+  require(config, LEAST, POSITIVE)
+  if getattr(config, 'train_ways', 0) == 1:
+    raise fmeta.UsageError(
+      'config.train_ways is 1, and one class is always right; give at least 2, '
+      'or 0 for as many as in testing'
+    )
   if config.norm not in NORMS:
     raise fmeta.UsageError(
       f'norm {config.norm!r} is not trained here; choose one of {NORMS}'
@@ -219,7 +248,7 @@ def fit(config, context, method, source, validation):
     right = evaluate.evaluate_episodes(
       method.predict,
       params,
-      validation.__getitem__,
+      validation,
       config.validation_episodes,
     )
     return {'accuracy': float(right.mean())}

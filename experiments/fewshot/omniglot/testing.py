@@ -7,6 +7,7 @@ import numpy as np
 
 import fmeta
 from experiments.fewshot.omniglot import measure
+from experiments.fewshot.omniglot.weights import experiment_of
 from fmeta import episodes, evaluate
 from fmeta.workdir import Context
 
@@ -108,13 +109,17 @@ def test(
     source: training meta-batches, for `Method.per_step`.
   """
   norm, unseen = config.norm, lists.test
+  queries = config.test_queries or config.shots
+  asked = f'{config.ways}-way{{}}, test queries of a class: {queries}'
+  if name := experiment_of(context.workdir):
+    asked = f'{name}, {asked}'
   found, error = measure.test(
     method.predict, method.predict_alone, params, unseen, norm
   )
   if method.per_step and config.statistics_batches and norm != 'group':
     batches = [source(i) for i in range(config.statistics_batches)]
     found['accuracy_per_step_statistics'] = evaluate.evaluate_episodes(
-      method.per_step(params, batches), params, unseen.__getitem__, unseen.num
+      method.per_step(params, batches), params, unseen, unseen.num
     )
   measure.report({k: evaluate.summarize(v) for k, v in found.items()})
   calibration = {'calibration_error': error} if method.probabilities else {}
@@ -124,9 +129,9 @@ def test(
     by_step = measure.after_steps(method.by_step, params, unseen, norm)
     places = range(config.curve_steps + 1)
     path = context.workdir / 'steps.png'
-    measure.draw_curve(by_step, places, norm, 'inner steps', path)
+    title = asked.format(f' {config.shots}-shot')
+    measure.draw_curve(by_step, places, norm, 'inner steps', path, title)
     found |= by_step
-  queries = config.test_queries or config.shots
   tested_on = f'{config.ways} ways, {{}} shots, {queries} queries'
   names = dict.fromkeys(found, tested_on.format(config.shots))
   if lists.most:
@@ -135,7 +140,8 @@ def test(
       method.predict, params, lists.most, places, norm
     )
     path = context.workdir / 'shots.png'
-    measure.draw_curve(by_shots, places, norm, 'shots', path)
+    title = asked.format('')
+    measure.draw_curve(by_shots, places, norm, 'shots', path, title)
     found |= by_shots
     names |= dict.fromkeys(by_shots, tested_on.format(f'up to {places[-1]}'))
   return Found(found, names, calibration)

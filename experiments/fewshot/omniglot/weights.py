@@ -55,6 +55,11 @@ def load(
       set, split or norm, or a leaf of another shape (number of ways).
   """
   path = pathlib.Path(given) / NAME
+  if not path.is_file():
+    raise UsageError(
+      f'config.weights is {given!r}, where there is no {NAME}; give the folder '
+      'of an Omniglot run that has trained to its end'
+    )
   found = read_tensors(path)
   with safe_open(path, 'np') as file:
     saved = file.metadata() or {}
