@@ -9,7 +9,7 @@ import numpy as np
 import toys
 
 import fmeta
-from fmeta import fisher, optim, train
+from fmeta import continual, fisher, losses, memory, optim, penalty, train
 
 FEATURES, CLASSES = 6, 3
 TASKS, STEPS = 3, 12
@@ -44,24 +44,70 @@ def batch(task: int, index: int) -> dict[str, np.ndarray]:
   return {'x': x.astype(np.float32), 'label': label}
 
 
-def finetune(**options) -> fmeta.Learner:
+def finetune(loss=LOSS, **options) -> fmeta.Learner:
   """The step with Adam."""
-  return fmeta.finetune(LOSS, optim.adam(1e-2), **options)
+  return fmeta.finetune(loss, optim.adam(1e-2), **options)
 
 
-def replay(learner: fmeta.Learner, spec=ROW, mix=fmeta.append) -> fmeta.Learner:
-  """With a reservoir of ten rows, four in a step."""
-  return fmeta.rehearse(learner, fmeta.reservoir(10, spec), 4, mix=mix)
+def replay(
+  learner: fmeta.Learner, held: fmeta.Memory | None = None, mix=fmeta.append
+) -> fmeta.Learner:
+  """With ten rows held, by default in a reservoir, four of them in a step."""
+  held = fmeta.reservoir(10, KEPT) if held is None else held
+  return fmeta.rehearse(learner, held, 4, mix=mix)
 
+
+def beside(loss) -> fmeta.Learner:
+  """With a loss that reads the memory."""
+  return replay(finetune(loss), mix=fmeta.beside)
+
+
+def held_back(held_by: fmeta.Penalty) -> Callable[[], fmeta.Learner]:
+  """With a penalty."""
+  return lambda: finetune(penalty=held_by)
+
+
+def by_task(value_and_grad, whole: bool) -> fmeta.Learner:
+  """With a reservoir for each task and a second gradient."""
+  held = memory.per_task(TASKS, 4, ROW)
+  if whole:
+    held = held._replace(
+      sample=lambda state, size, rng: memory.task_rows(state)
+    )
+  learner = finetune(value_and_grad=value_and_grad)
+  return replay(learner, held, fmeta.beside)
+
+
+CRITERION = losses.softmax_cross_entropy
+TEACHER = penalty.lwf(FORWARD, 0.5, np.ones((1, CLASSES), bool))
+TWO = penalty.all_of(penalty.si(0.1), TEACHER)
 
 METHODS = {
   'naive': Method(finetune),
-  'ewc': Method(lambda: finetune(penalty=fmeta.ewc(5.0)), True),
+  'ewc': Method(held_back(penalty.ewc(5.0)), True),
   'ewc sampled': Method(
-    lambda: finetune(penalty=fmeta.ewc(5.0, fisher.sampled_fisher)), True
+    held_back(penalty.ewc(5.0, fisher.sampled_fisher)), True
   ),
+  'ewc kfac': Method(held_back(penalty.ewc_kfac(5.0, TASKS)), True),
+  'online ewc': Method(held_back(penalty.online_ewc(5.0, gamma=0.9)), True),
+  'si': Method(held_back(penalty.si(0.1)), False, True),
+  'mas': Method(held_back(penalty.mas(1.0)), True),
+  'rwalk': Method(held_back(penalty.rwalk(0.1, every=5)), False, True),
+  'lwf': Method(held_back(TEACHER), True),
+  'features': Method(
+    held_back(penalty.feature_distillation(FORWARD, 0.1)), False, True
+  ),
+  'si and lwf': Method(held_back(TWO), True),
   'er': Method(lambda: replay(finetune())),
+  'er balanced': Method(
+    lambda: replay(finetune(), memory.class_balanced(10, ROW))
+  ),
   'er and ewc': Method(lambda: replay(finetune(penalty=fmeta.ewc(5.0))), True),
+  'der': Method(lambda: beside(continual.der(FORWARD, CRITERION, 0.5))),
+  'der++': Method(
+    lambda: beside(continual.der_plus_plus(FORWARD, CRITERION, 0.5, 0.5))
+  ),
+  'er-ace': Method(lambda: beside(continual.er_ace(FORWARD, CRITERION))),
 }
 
 

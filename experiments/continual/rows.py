@@ -193,7 +193,7 @@ ROWS = {
   'online_ewc': Row('online EWC', _online_ewc, DECADES, **LOOKS),
   'si': Row('SI', _si, (0.1, 1.0, 10.0, 100.0, 1e3), **TOLD),
   'mas': Row('MAS', _mas, (0.01, 0.1, 1.0, 10.0), **LOOKS),
-  'rwalk': Row('RWalk', _rwalk, (0.01, 0.1, 1.0, 10.0, 100.0), **LOOKS),
+  'rwalk': Row('RWalk', _rwalk, (0.01, 0.1, 1.0, 10.0, 100.0), **TOLD),
   'lwf': Row('LwF', _lwf, (0.5, 1.0, 2.0, 4.0), **LOOKS),
   'er': Row('ER', _er, replayed=_as_many),
   'er_matched': Row(
