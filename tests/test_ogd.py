@@ -13,7 +13,6 @@ from fmeta.learner import finetune
 KEY = jax.random.key(5)
 LOSS, PARAMS, BATCH, FORWARD = toys.problem(dropout=0.2)
 NEW = toys.batch_of(8, seed=1)
-PLAIN = FORWARD  # evaluation mode: no dropout
 
 
 def logits_of(params, batch):
@@ -115,7 +114,7 @@ def test_rows_are_drawn_from_all_real_rows_without_replacement():
   pick = np.eye(3, dtype=np.float32)[[0, 1, 2]]
 
   def forward(params, model_state, batch, rng):
-    return params['w'][batch['row']] * jnp.ones((1, 3)), model_state
+    return params['w'][batch['row']][:, None] * jnp.ones((1, 3)), model_state
 
   rows = np.arange(12)
   batches = [

@@ -173,11 +173,11 @@ def _grown(basis: Array, inputs: Array, energy: Scalar) -> Array:
   total = jnp.sum(columns**2)
   rest = _without(basis, _without(basis, columns))
   left, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
-  squares = singular**2
-  before = total - jnp.sum(rest**2) + jnp.cumsum(squares) - squares
+  # What would still lack without each; summed from the smallest on.
+  lacking = jnp.cumsum(singular[::-1] ** 2)[::-1]
   rounding = max(columns.shape) * jnp.finfo(basis.dtype).eps
   real = singular > rounding * jnp.sqrt(total)
-  wanted = (before < energy * total) & real
+  wanted = (lacking > (1 - energy) * total) & real
   # They come first. Those of small values hold a rest of the basis.
   new, _ = jnp.linalg.qr(_without(basis, left))
   return _filled(basis, new, wanted.sum())
