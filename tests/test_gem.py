@@ -11,7 +11,6 @@ from fmeta import UsageError, continual, gradients, losses, optim
 from fmeta.continual.gem import project, project_on_one
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.testing import assert_same
-from fmeta.types import Memory
 
 KEY = jax.random.key(5)
 LOSS, PARAMS, BATCH, FORWARD = toys.problem()
@@ -182,37 +181,12 @@ def test_a_batch_without_such_a_memory_is_refused(taken, weight):
     gradient(taken, batch)
 
 
-def last_rows(num_tasks, size, spec):
-  """The last rows of each task, all given at once; none of the current one."""
-
-  def init():
-    shape = lambda x: jnp.zeros((num_tasks, size, *x.shape), x.dtype)
-    return {
-      'rows': jax.tree.map(shape, spec),
-      'task': jnp.zeros((), jnp.int32),
-    }
-
-  def insert(memory, rows, weight, rng):
-    put = lambda held, key: held.at[memory['task']].set(rows[key][-size:])
-    held = {key: put(x, key) for key, x in memory['rows'].items()}
-    return {**memory, 'rows': held}
-
-  def sample(memory, size, rng):
-    past = jnp.arange(num_tasks) < memory['task']
-    return memory['rows'], jnp.repeat(past[:, None], size, 1)
-
-  def end_task(memory):
-    return {**memory, 'task': memory['task'] + 1}
-
-  return Memory(init, insert, sample, end_task)
-
-
 def test_no_loss_of_a_past_task_rises_over_a_stream():
   spec = {
     'x': jax.ShapeDtypeStruct((6,), jnp.float32),
     'label': jax.ShapeDtypeStruct((), jnp.int32),
   }
-  memory = last_rows(3, 5, spec)
+  memory = toys.last_rows(3, 5, spec)
   # The same inputs and other labels: each task opposes the ones before.
   tasks = [{**TASKS[0], 'label': (TASKS[0]['label'] + k) % 3} for k in range(3)]
 
