@@ -44,10 +44,10 @@ def norm(x):
   return np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-# What float32 leaves of a violation, over |g| |g_k|. Rows of low rank or that
-# nearly oppose each other leave the square root of the rounding: the matrix of
-# inner products knows no better.
-LEFT = dict.fromkeys(cones.WELL_CONDITIONED, 1e-6)
+# What float32 leaves of a violation, over |g| |g_k|, where it is more than a
+# few roundings. Rows of low rank or that nearly oppose each other leave the
+# square root of one: the matrix of inner products knows no better.
+LEFT = {'low rank': 1e-3, 'near duplicates': 1e-5, 'near opposites': 1e-3}
 
 
 @pytest.mark.parametrize('kind', cones.KINDS)
@@ -59,7 +59,7 @@ def test_float32_meets_the_constraints(kind):
   slopes = np.einsum('btp,bp->bt', rows.astype(float), found) / sizes
   before = np.einsum('btp,bp->bt', rows.astype(float), vectors) / sizes
   assert before.min() < -0.1
-  assert slopes.min() >= -LEFT.get(kind, 1e-3)
+  assert slopes.min() >= -LEFT.get(kind, 5e-7)
   if kind in cones.WELL_CONDITIONED:
     expected = [
       cones.nearest(*pair) for pair in zip(rows, vectors, strict=True)
@@ -91,6 +91,16 @@ def test_gradients_that_oppose_no_one_are_bitwise_unchanged():
   absent = jax.tree.map(lambda x: jnp.stack([x, jnp.nan * x]), grads)
   present = jnp.asarray([True, False])
   assert_same(grads, jax.jit(project)(grads, absent, present, 0.5), 'absent')
+
+
+def test_a_vector_orthogonal_to_rows_of_low_rank_stays_but_for_rounding():
+  rows, present, vectors = cones.draw('low rank', 50)
+  for k, (cone, vector) in enumerate(zip(rows, vectors, strict=True)):
+    span = np.linalg.svd(cone)[2][:4]
+    vectors[k] = vector - span.T @ (span @ vector)
+  args = vectors.astype(np.float32), rows.astype(np.float32), present
+  found = jax.jit(jax.vmap(project))(*args)
+  np.testing.assert_allclose(found, args[0], rtol=0, atol=1e-6)
 
 
 def test_narrow_leaves_are_multiplied_in_float32_and_keep_their_dtype():
@@ -153,16 +163,17 @@ def test_tasks_side_by_side_and_microbatches_give_the_same_gradient():
 
 
 def test_the_loss_of_no_rows_may_be_anything():
-  def mean(params, model_state, batch, rng):
-    loss, aux = LOSS(params, model_state, batch, rng)
-    return loss / batch.get('weight', jnp.ones(1)).sum(), aux
+  def loss(params, model_state, batch, rng):
+    value, aux = LOSS(params, model_state, batch, rng)
+    nobody = batch.get('weight', jnp.ones(1)).sum() == 0
+    return value - 10 * nobody * LOSS(params, {}, BATCH, rng)[0], aux
 
   rows, weight = past_of(TASKS, [0, 0, 0])
-  expected = gradient(gradients.plain, BATCH, mean)
-  found = gradient(continual.gem(), beside(BATCH, rows, weight), mean)
+  expected = gradient(gradients.plain, BATCH, loss)
+  found = gradient(continual.gem(), beside(BATCH, rows, weight), loss)
   assert_same(expected, found, 'gem')
   one = beside(BATCH, TASKS[0], jnp.zeros(5))
-  assert_same(expected, gradient(continual.a_gem(), one, mean), 'a_gem')
+  assert_same(expected, gradient(continual.a_gem(), one, loss), 'a_gem')
 
 
 @pytest.mark.parametrize(

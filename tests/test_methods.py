@@ -108,8 +108,9 @@ def remembering(memory, tasks=2):
   def init():
     held = memory.init()
     for k in range(tasks):
-      rows = toys.batch_of(5, seed=30 + k)
-      held = memory.insert(held, rows, jnp.ones(5), jax.random.key(k))
+      # The batch's inputs with other labels, which its gradient opposes.
+      rows = {**BATCH, 'label': (BATCH['label'] + 1 + k) % 3}
+      held = memory.insert(held, rows, jnp.ones(8), jax.random.key(k))
       held = memory.end_task(held)
     return held
 
@@ -182,7 +183,7 @@ ROWS = {
   'gem': GEM,
   'a_gem': rehearse(
     finetune(LOSS, CLIPPED, value_and_grad=continual.a_gem()),
-    remembering(memory.reservoir(16, ROW)),
+    remembering(memory.reservoir(16, ROW), tasks=1),
     4,
     mix=beside,
   ),

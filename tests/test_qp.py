@@ -11,6 +11,7 @@ import pytest
 from scipy.optimize import nnls
 
 from fmeta.continual import nonnegative_qp
+from fmeta.continual.qp import search
 from fmeta.testing import check_gradient
 
 SOLVE = jax.jit(nonnegative_qp)
@@ -68,11 +69,30 @@ def test_dependent_and_zero_rows_give_finite_minimisers(dtype, x64):
     )
 
 
-def test_what_no_minimiser_can_meet_is_finite():
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_what_no_minimiser_can_meet_is_finite_and_soon_found(dtype, x64):
   # Unbounded below: no gradients have these inner products.
-  found = SOLVE(jnp.ones((2, 2)), jnp.asarray([-1.0, -2.0]))
-  np.testing.assert_allclose(found, [0.0, 2.0], rtol=1e-6)
-  assert not np.any(SOLVE(jnp.zeros((2, 2)), -jnp.ones(2)))
+  both_ways = np.array([[1.0, -1.0], [-1.0, 1.0]], dtype)
+  assert np.all(np.isfinite(SOLVE(both_ways, -np.ones(2, dtype))))
+  assert not np.any(SOLVE(np.zeros((2, 2), dtype), -np.ones(2, dtype)))
+  random = np.random.default_rng(0)
+  rows = random.normal(size=(2000, 20, 4))
+  rows = (rows / cones.lengths(rows)[..., None]).astype(dtype)
+  linear = random.normal(size=(2000, 20)).astype(dtype)
+  linear /= np.abs(linear).max(1, keepdims=True)
+  gram = rows @ rows.transpose(0, 2, 1)
+  found = jax.jit(jax.vmap(search))(gram, linear, np.ones((2000, 20), bool))
+  assert np.all(found.done) and found.count.max() <= 30
+  solved = np.asarray(jax.jit(jax.vmap(nonnegative_qp))(gram, linear))
+  assert np.all(np.isfinite(solved)) and np.all(solved >= 0)
+
+
+def test_the_scale_says_what_is_rounding():
+  # Both sides of a plane, and a vector in it but for its rounding.
+  both_ways = jnp.asarray([[1.0, -1.0], [-1.0, 1.0]])
+  linear = jnp.asarray([-1e-7, 0.5e-7])
+  assert not np.any(SOLVE(both_ways, linear, None, 1.0))
+  assert np.any(SOLVE(both_ways, linear))
 
 
 def test_absent_variables_are_zero_and_never_read():
@@ -83,6 +103,15 @@ def test_absent_variables_are_zero_and_never_read():
   found = SOLVE(quadratic, linear, mask)
   np.testing.assert_allclose(found, [0, 1.5, 0], rtol=1e-6)
   assert not np.any(SOLVE(quadratic, linear, jnp.zeros(3, bool)))
+
+
+@pytest.mark.parametrize('kind', cones.KINDS)
+def test_twenty_variables_take_at_most_twenty_iterations(kind, x64):
+  rows, present, vectors = cones.draw(kind, 125)
+  rows = rows / cones.lengths(rows)[..., None]
+  present &= np.any(rows != 0, axis=2)
+  found = jax.jit(jax.vmap(search))(*_gram(rows, vectors), present)
+  assert np.all(found.done) and 1 < found.count.max() <= 20
 
 
 def test_nothing_moves_where_no_slope_is_negative():

@@ -132,9 +132,9 @@ def project(
   """The projection of `gem`.
 
   Where no reference gradient is opposed, the result is bitwise `grads`.
-  Otherwise, in float32, <result, g_k> >= -1e-6 |g| |g_k|; where references
-  depend on or oppose one another to within a hundredth -1e-3, as their inner
-  products show such differences to the square root of the rounding only.
+  Otherwise <result, g_k> >= -2e-6 |g| |g_k| in float32; only -1e-3 where
+  references depend on or oppose one another to within a hundredth, as inner
+  products show such differences to the square root of the rounding.
 
   Args:
     grads: g.
@@ -151,11 +151,9 @@ def project(
   bound = jnp.where(present, margin, 0).astype(products.dtype)
   # v = bound + u with u >= 0.
   shifted = products + gram @ bound
-  dual = bound + nonnegative_qp(gram, shifted, present)
+  size = jnp.sqrt(_sum_over_leaves(_vdot, grads, grads))
+  dual = bound + nonnegative_qp(gram, shifted, present, size)
   moved = _add(grads, references, dual)
-  # Again: what rounding has left of a large violation is a small one.
-  left = nonnegative_qp(gram, _products(references, moved), present)
-  moved = _add(moved, references, left)
   opposed = (products < 0).any()
   return jax.tree.map(lambda m, g: jnp.where(opposed, m, g), moved, grads)
 

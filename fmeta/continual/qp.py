@@ -13,34 +13,39 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fmeta.types import Array
+from fmeta.types import Array, Scalar
 
 
-class _Search(NamedTuple):
-  """Where the search is.
+class Search(NamedTuple):
+  """Where the search is; variables are named by bool [t].
 
   Attributes:
-    passive: bool [t], the variables that are not held at zero.
-    barred: bool [t], those that entered and had to leave at once, which only
-      rounding does; until the objective falls again.
+    passive: those that are not held at zero.
+    entered: the one that entered last.
+    held: the passive set that was solved last.
+    best: the lowest objective so far.
+    barred: those that have entered since and had to leave at once, which only
+      rounding does.
     at: [t], feasible.
-    best: the lowest objective of a solved passive set.
-    last: the variable that entered last.
     done: whether no variable wants to enter.
     count: iterations so far.
   """
 
   passive: Array
+  entered: Array
+  held: Array
+  best: Array
   barred: Array
   at: Array
-  best: Array
-  last: Array
   done: Array
   count: Array
 
 
 def nonnegative_qp(
-  quadratic: Array, linear: Array, mask: Array | None = None
+  quadratic: Array,
+  linear: Array,
+  mask: Array | None = None,
+  scale: Scalar = 0.0,
 ) -> Array:
   """argmin over v >= 0 of v'Qv / 2 + p'v for positive semidefinite Q.
 
@@ -49,17 +54,19 @@ def nonnegative_qp(
   is finite even where rounding makes p inconsistent with Q. All is computed
   for rows of unit length (Q_ii = 1): rows of very different size do no harm.
 
-  With eps the dtype's rounding and u_i = v_i sqrt(Q_ii) / s, where s is the
-  largest |p_i| / sqrt(Q_ii), the result satisfies v >= 0 and the slopes
-  w_i = (Qv + p)_i / (s sqrt(Q_ii)) are at least -2 t eps (1 + sum u), and
-  that small where v_i > 0. The exception are variables left out for the
-  dependence of their rows: there w_i is at least about -sqrt(2 t eps) times
-  the length of the residual.
+  With eps the dtype's rounding, u_i = v_i sqrt(Q_ii) / s and the slopes
+  w_i = (Qv + p)_i / (s sqrt(Q_ii)), the result satisfies u >= 0 and
+  w_i >= -2 t eps (1 + sum u), and w_i is that small where u_i > 0. The
+  exception are variables whose rows depend on those of others to a distance
+  of sqrt(2 t eps): their slope may be that much below zero, in parts of the
+  residual's length.
 
   Args:
     quadratic: Q, [t, t].
     linear: p, [t].
     mask: bool [t]; where it is false, v is zero and Q and p are not read.
+    scale: at least s, the size of p_i / sqrt(Q_ii) whose rounding counts as
+      zero; for p = G g the length of g. The largest of these by default.
 
   Returns:
     v, [t].
@@ -73,13 +80,14 @@ def nonnegative_qp(
   # Constants of the derivative: v does not depend on the scale.
   length = jnp.sqrt(jnp.where(present, square, 1))
   vector = jnp.where(present, linear, 0) / length
-  scale = jax.lax.stop_gradient(jnp.max(jnp.abs(vector)))
+  scale = jnp.maximum(scale, jnp.abs(vector).max())
+  scale = jax.lax.stop_gradient(scale).astype(vector.dtype)
   scale = jnp.where(scale > 0, scale, 1)
   both = _outer(present)
   matrix = jnp.where(both, quadratic, 0) / (length[:, None] * length[None])
   vector = vector / scale
-  passive = _passive_set(*jax.lax.stop_gradient((matrix, vector, present)))
-  return _minimum(matrix, vector, passive)[0] * scale / length
+  found = search(*jax.lax.stop_gradient((matrix, vector, present)))
+  return _minimum(matrix, vector, found.held)[0] * scale / length
 
 
 def _outer(mask):
@@ -100,60 +108,87 @@ def _minimum(matrix, vector, passive):
   return solved[:, 0], 1 - jnp.sum(rows * solved[:, 1:], 0)
 
 
-def _passive_set(matrix, vector, present):
+def search(matrix: Array, vector: Array, present: Array) -> Search:
+  """Where the search for the variables that are not zero ends.
+
+  Args:
+    matrix: Q of rows of length one, [t, t].
+    vector: p, [t].
+    present: bool [t].
+  """
   size = vector.shape[0]
   rounding = 2 * size * jnp.finfo(vector.dtype).eps
 
-  def advance(search):
-    there, distance = _minimum(matrix, vector, search.passive)
-    wrong = search.passive & (there <= 0)
-    share = jnp.where(wrong, _share(search.at, there), 2)
-    leave = wrong & (share <= share.min())
-    blocked = search._replace(
-      passive=search.passive & ~leave,
-      at=jnp.where(leave, 0, _between(search.at, there, share.min())),
-      barred=search.barred | (leave & search.last & (share <= 0)),
-    )
+  def advance(now):
+    there, distance = _minimum(matrix, vector, now.passive)
+    regular = jnp.isfinite(there).all()
+    wrong = now.passive & (there <= 0) & regular
+    slope = matrix @ there + vector
     value = vector @ there / 2
-    barred = search.barred & (value >= search.best)
-    slope = -(matrix @ there + vector)
-    able = present & ~search.passive & ~barred & (distance > rounding)
-    able &= slope > rounding * (1 + there.sum())
-    enter = jnp.arange(size) == jnp.argmax(jnp.where(able, slope, -jnp.inf))
-    enter &= able
-    solved = _Search(
-      search.passive | enter,
-      barred,
-      there,
-      jnp.minimum(value, search.best),
-      enter,
-      ~able.any(),
-      search.count,
+    solved = now._replace(
+      held=now.passive,
+      best=jnp.minimum(value, now.best),
+      barred=now.barred & (value >= now.best),
+      at=there,
     )
-    chosen = jax.tree.map(
-      lambda x, y: jnp.where(wrong.any(), x, y), blocked, solved
+    able = present & ~now.passive & ~solved.barred & (distance > rounding)
+    able &= slope < -rounding * (1 + there.sum())
+    return jax.tree.map(
+      lambda x, y, z: jnp.where(wrong.any(), x, jnp.where(regular, y, z)),
+      _blocked(now, there, wrong),
+      _entering(solved, slope, able),
+      _rejected(now),
     )
-    return chosen._replace(count=search.count + 1)
 
   nobody = jnp.zeros(size, bool)
-  start = _Search(
+  start = Search(
     passive=nobody,
+    entered=nobody,
+    held=nobody,
+    best=jnp.asarray(jnp.inf, vector.dtype),
     barred=nobody,
     at=jnp.zeros_like(vector),
-    best=jnp.asarray(jnp.inf, vector.dtype),
-    last=nobody,
     done=jnp.asarray(False),
     count=jnp.asarray(0),
   )
-  # A bound that only rounding could meet; see the counts in the tests.
-  unfinished = lambda search: ~search.done & (search.count < 10 * size)
-  return jax.lax.while_loop(unfinished, advance, start).passive
+  # A bound that only rounding could meet: see the counts in the tests.
+  unfinished = lambda now: ~now.done & (now.count < 10 * size)
+  return jax.lax.while_loop(unfinished, advance, start)
+
+
+def _blocked(now, there, wrong):
+  """Goes on until a variable is zero, which leaves the passive set."""
+  share = jnp.where(wrong, _share(now.at, there), 2)
+  leave = wrong & (share <= share.min())
+  return now._replace(
+    passive=now.passive & ~leave,
+    barred=now.barred | (leave & now.entered),
+    at=now.at + share.min() * (there - now.at),
+    count=now.count + 1,
+  )
+
+
+def _entering(now, slope, able):
+  """The steepest variable joins a passive set that is solved."""
+  steepest = jnp.argmin(jnp.where(able, slope, jnp.inf))
+  enter = able & (jnp.arange(len(able)) == steepest)
+  return now._replace(
+    passive=now.passive | enter,
+    entered=enter,
+    done=~able.any(),
+    count=now.count + 1,
+  )
+
+
+def _rejected(now):
+  """What entered has made the system singular: back to before."""
+  return now._replace(
+    passive=now.held,
+    barred=now.barred | now.entered,
+    count=now.count + 1,
+  )
 
 
 def _share(at, there):
   """How much of the way each variable goes before it is negative."""
   return jnp.where(at > 0, at / jnp.where(at > 0, at - there, 1), 0)
-
-
-def _between(at, there, share):
-  return at + share * (there - at)
