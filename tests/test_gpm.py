@@ -50,7 +50,7 @@ def consolidated(hold, state, params, batches, forward):
   return hold.consolidate(state, params, params, {}, forward, batches, KEY)
 
 
-@pytest.mark.parametrize('parts', [1, 2])
+@pytest.mark.parametrize('parts', [1, 9])
 def test_outputs_of_a_linear_network_on_old_inputs_do_not_change(parts, x64):
   forward, params = linear()
   old, new = low_rank(2), low_rank(6, seed=1)
@@ -125,6 +125,18 @@ def test_the_bases_of_three_tasks_are_those_of_the_papers_equations():
     )
     sizes.append(found.shape[1])
   assert sizes[0] < sizes[2] <= 6
+
+
+def test_a_direction_that_is_hardly_new_is_orthonormal_to_the_basis():
+  hold = continual.gpm(FIRST, energy=1.0)
+  old, new = low_rank(3), low_rank(3, seed=1)
+  state = consolidated(hold, hold.init(PARAMS, PARAMS), PARAMS, [old], FORWARD)
+  near = {**old, 'x': old['x'] + 1e-5 * new['x']}
+  state = consolidated(hold, state, PARAMS, [near], FORWARD)
+  found = columns(state['basis']['body']['layer_0']['kernel'])
+  assert found.shape[1] > 3
+  gram = found.T @ found
+  np.testing.assert_allclose(gram, np.eye(len(gram)), rtol=0, atol=1e-6)
 
 
 def test_a_full_basis_stays_as_it_is():

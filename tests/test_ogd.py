@@ -133,6 +133,11 @@ def test_rows_are_drawn_from_all_real_rows_without_replacement():
     )
     assert found['count'] == 3
     counts += np.any(np.asarray(found['basis']) != 0, axis=0)
+  every = continual.ogd(12, 12, lambda outputs, row: outputs @ row['pick'])
+  found = every.consolidate(
+    every.init(params, params), params, params, {}, forward, batches, KEY
+  )
+  assert found['count'] == 9
   # Nine real rows, three of them in each of 40 draws: 13 each in the mean.
   assert not np.any(counts[::4])
   assert np.all(counts[rows % 4 > 0] >= 4) and counts.max() <= 26

@@ -107,7 +107,9 @@ def test_absent_variables_are_zero_and_never_read():
 
 @pytest.mark.parametrize('kind', cones.KINDS)
 def test_twenty_variables_take_at_most_twenty_iterations(kind, x64):
-  rows, present, vectors = cones.draw(kind, 125)
+  # Of low rank there are a few in a thousand that go in circles when all
+  # variables that would be negative leave at once.
+  rows, present, vectors = cones.draw(kind, 2000, seed=11)
   rows = rows / cones.lengths(rows)[..., None]
   present &= np.any(rows != 0, axis=2)
   found = jax.jit(jax.vmap(search))(*_gram(rows, vectors), present)

@@ -171,6 +171,7 @@ def _grown(basis: Array, inputs: Array, energy: Scalar) -> Array:
   """The basis [n, n] with the directions of inputs [N, n] that it lacks."""
   columns = inputs.astype(basis.dtype).T
   total = jnp.sum(columns**2)
+  # Twice: of inputs that hardly leave the basis, rounding is much of the rest.
   rest = _without(basis, _without(basis, columns))
   left, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
   # What would still lack without each; summed from the smallest on.
@@ -178,9 +179,7 @@ def _grown(basis: Array, inputs: Array, energy: Scalar) -> Array:
   rounding = max(columns.shape) * jnp.finfo(basis.dtype).eps
   real = singular > rounding * jnp.sqrt(total)
   wanted = (lacking > (1 - energy) * total) & real
-  # They come first. Those of small values hold a rest of the basis.
-  new, _ = jnp.linalg.qr(_without(basis, left))
-  return _filled(basis, new, wanted.sum())
+  return _filled(basis, left, wanted.sum())
 
 
 def _filled(basis, new, number):

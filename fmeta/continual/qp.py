@@ -23,9 +23,8 @@ class Search(NamedTuple):
     passive: those that are not held at zero.
     entered: the one that entered last.
     held: the passive set that was solved last.
-    best: the lowest objective so far.
-    barred: those that have entered since and had to leave at once, which only
-      rounding does.
+    barred: those that had to leave at once. Only rounding does that, where no
+      v has slopes of zero (p is not in the range of Q): they stay at zero.
     at: [t], feasible.
     done: whether no variable wants to enter.
     count: iterations so far.
@@ -34,7 +33,6 @@ class Search(NamedTuple):
   passive: Array
   entered: Array
   held: Array
-  best: Array
   barred: Array
   at: Array
   done: Array
@@ -124,14 +122,8 @@ def search(matrix: Array, vector: Array, present: Array) -> Search:
     regular = jnp.isfinite(there).all()
     wrong = now.passive & (there <= 0) & regular
     slope = matrix @ there + vector
-    value = vector @ there / 2
-    solved = now._replace(
-      held=now.passive,
-      best=jnp.minimum(value, now.best),
-      barred=now.barred & (value >= now.best),
-      at=there,
-    )
-    able = present & ~now.passive & ~solved.barred & (distance > rounding)
+    solved = now._replace(held=now.passive, at=there)
+    able = present & ~now.passive & ~now.barred & (distance > rounding)
     able &= slope < -rounding * (1 + there.sum())
     return jax.tree.map(
       lambda x, y, z: jnp.where(wrong.any(), x, jnp.where(regular, y, z)),
@@ -145,7 +137,6 @@ def search(matrix: Array, vector: Array, present: Array) -> Search:
     passive=nobody,
     entered=nobody,
     held=nobody,
-    best=jnp.asarray(jnp.inf, vector.dtype),
     barred=nobody,
     at=jnp.zeros_like(vector),
     done=jnp.asarray(False),
