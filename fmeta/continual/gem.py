@@ -10,6 +10,10 @@ beside them in the batch (`fmeta.beside`):
           come and for the current one
   a_gem   memory_<key> [m, ...], memory_weight [m]: rows of any tasks
 
+The learner is `rehearse(finetune(loss, optimizer, value_and_grad=gem()),
+memory, size, mix=beside)`; for `gem` the memory's `sample` gives rows
+[T, m, ...] and which of them are there, [T, m].
+
 The loss gets a batch of the keys without `memory_`, so the memory must hold
 what the loss reads. A reference gradient is taken as g is, in training mode,
 with a key of its own; its model state is dropped. Value, metrics, model state
