@@ -100,6 +100,43 @@ LEARNING = {
   'feature_distillation': penalty.feature_distillation(FORWARD, 1.0),
   'all_of': penalty.all_of(penalty.l2_sp(0.1), penalty.si(1.0)),
 }
+
+
+def remembering(memory, tasks=2):
+  """The memory after some tasks."""
+
+  def init():
+    held = memory.init()
+    for k in range(tasks):
+      # The batch's inputs with other labels, which its gradient opposes.
+      rows = {**BATCH, 'label': (BATCH['label'] + 1 + k) % 3}
+      held = memory.insert(held, rows, jnp.ones(8), jax.random.key(k))
+      held = memory.end_task(held)
+    return held
+
+  return memory._replace(init=init)
+
+
+def after_a_task(hold):
+  """The penalty as the end of a task leaves it."""
+
+  def init(trainable, params):
+    given = trainable, params, {}, FORWARD, [toys.batch_of(5, seed=40)]
+    return hold.consolidate(
+      hold.init(trainable, params), *given, jax.random.key(4)
+    )
+
+  return hold._replace(init=init)
+
+
+GEM = rehearse(
+  finetune(LOSS, SGD, value_and_grad=continual.gem()),
+  remembering(toys.last_rows(3, 5, ROW)),
+  5,
+  mix=beside,
+)
+GPM = after_a_task(continual.gpm(MATRICES, energy=0.7))
+
 ROWS = {
   'full sgd': finetune(LOSS, SGD),
   'full adamw': finetune(LOSS, CLIPPED),
@@ -143,6 +180,18 @@ ROWS = {
   'rehearse per_task': rehearse(
     finetune(LOSS, SGD), memory.per_task(2, 8, ROW), 4
   ),
+  'gem': GEM,
+  # Not adamw: its scan is bitwise its loop only as users compile (conftest).
+  'a_gem': rehearse(
+    finetune(LOSS, SGD, value_and_grad=continual.a_gem()),
+    remembering(memory.reservoir(16, ROW), tasks=1),
+    4,
+    mix=beside,
+  ),
+  'ogd': finetune(
+    LOSS, SGD, tuning=SURGERY, penalty=after_a_task(continual.ogd(8, 4))
+  ),
+  'gpm': finetune(LOSS, SGD, penalty=GPM),
   'ema mixout sam': finetune(
     STILL,
     averaging.ema(SGD, 0.9),
@@ -161,6 +210,7 @@ ON_A_MESH = (
   'accumulate',
   'rehearse',
   'er_ace class_balanced',
+  'gem',
   'ema mixout sam',
   'swa mixup',
 )
@@ -179,6 +229,8 @@ META_ROWS = {
   # Through the logits it remembers, too.
   'der_plus_plus': remembers_logits(jnp.float64),
   'ema mixout sam': ROWS['ema mixout sam'],
+  # Through the dual as well.
+  'gem': GEM,
 }
 
 

@@ -2,6 +2,8 @@
 
 from fmeta.continual.bic import bias_corrected, fit_bias, with_bias
 from fmeta.continual.gdumb import collect, gdumb, held_columns
+from fmeta.continual.gem import a_gem, gem
+from fmeta.continual.gpm import gpm
 from fmeta.continual.icarl import (
   add_exemplars,
   icarl_columns,
@@ -9,9 +11,12 @@ from fmeta.continual.icarl import (
   nearest_exemplars,
 )
 from fmeta.continual.masking import masked, masked_forward
+from fmeta.continual.ogd import ogd
+from fmeta.continual.qp import nonnegative_qp
 from fmeta.continual.replay import der, der_plus_plus, er_ace, today
 
 __all__ = [
+  'a_gem',
   'add_exemplars',
   'bias_corrected',
   'collect',
@@ -20,12 +25,16 @@ __all__ = [
   'er_ace',
   'fit_bias',
   'gdumb',
+  'gem',
+  'gpm',
   'held_columns',
   'icarl_columns',
   'icarl_loss',
   'masked',
   'masked_forward',
   'nearest_exemplars',
+  'nonnegative_qp',
+  'ogd',
   'today',
   'with_bias',
 ]
