@@ -149,8 +149,8 @@ def today(mix: Mix) -> Mix:
   """
 
   def mixed(batch, rows, valid):
-    now = batch['allowed'][:1]
-    allowed = jnp.broadcast_to(now, (len(valid), now.shape[1]))
+    now = batch['allowed'][0]
+    allowed = jnp.broadcast_to(now, (*valid.shape, len(now)))
     return mix(batch, {**rows, 'allowed': allowed}, valid)
 
   return mixed
