@@ -108,6 +108,10 @@ METHODS = {
     lambda: beside(continual.der_plus_plus(FORWARD, CRITERION, 0.5, 0.5))
   ),
   'er-ace': Method(lambda: beside(continual.er_ace(FORWARD, CRITERION))),
+  'a-gem': Method(lambda: by_task(continual.a_gem(), False), False, True),
+  'gem': Method(lambda: by_task(continual.gem(), True), False, True),
+  'ogd': Method(held_back(continual.ogd(12, 4)), True),
+  'gpm': Method(held_back(continual.gpm('.*kernel', energy=0.5)), True),
 }
 
 
