@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toys
 
-from fmeta import UsageError, continual, gradients, losses, optim
+from fmeta import UsageError, continual, gradients, losses, memory, optim
 from fmeta.continual.gem import project, project_on_one
 from fmeta.learner import beside, finetune, rehearse
 from fmeta.testing import assert_same
@@ -192,18 +192,36 @@ def test_a_batch_without_such_a_memory_is_refused(taken, weight):
     gradient(taken, batch)
 
 
+SPEC = {
+  'x': jax.ShapeDtypeStruct((6,), jnp.float32),
+  'label': jax.ShapeDtypeStruct((), jnp.int32),
+}
+
+
+def test_a_sample_is_of_each_past_task_and_of_no_other():
+  held = continual.task_by_task(memory.per_task(4, 6, SPEC))
+  state = held.init()
+  for k, count in enumerate([8, 4, 5]):  # the third task is going on
+    rows = {'x': jnp.full((count, 6), k + 1.0), 'label': jnp.arange(count)}
+    state = held.insert(state, rows, jnp.ones(count), KEY)
+    state = held.end_task(state) if k < 2 else state
+  rows, valid = held.sample(state, 5, KEY)
+  assert rows['x'].shape == (4, 5, 6)
+  np.testing.assert_array_equal(valid.sum(1), [5, 4, 0, 0])
+  assert np.all(rows['x'][0] == 1) and np.all(rows['x'][1][valid[1] > 0] == 2)
+  for labels, there in zip(rows['label'][:2], valid[:2], strict=True):
+    assert len(set(np.asarray(labels)[there > 0])) == there.sum()
+
+
 def test_no_loss_of_a_past_task_rises_over_a_stream():
-  spec = {
-    'x': jax.ShapeDtypeStruct((6,), jnp.float32),
-    'label': jax.ShapeDtypeStruct((), jnp.int32),
-  }
-  memory = toys.last_rows(3, 5, spec)
+  # Room for every row of three steps.
+  held = continual.task_by_task(memory.per_task(3, 15, SPEC))
   # The same inputs and other labels: each task opposes the ones before.
   tasks = [{**TASKS[0], 'label': (TASKS[0]['label'] + k) % 3} for k in range(3)]
 
   def rises(taken, rate=1e-3):
     inner = finetune(LOSS, optim.sgd(rate), value_and_grad=taken)
-    learner = rehearse(inner, memory, 5, mix=beside)
+    learner = rehearse(inner, held, 15, mix=beside)
     state, step = learner.init(PARAMS, KEY), jax.jit(learner.step)
     value = jax.jit(lambda p, task: LOSS(p, {}, task, None)[0])
     risen = []

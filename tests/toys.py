@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmeta import losses
-from fmeta.types import Memory
 
 
 class Body(nn.Module):
@@ -133,30 +132,3 @@ def three_kernels(seed=0):
 
   body = {'layer_0': kernel(6, 5), 'layer_1': kernel(5, 4)}
   return {'body': body, 'head': kernel(4, 3)}
-
-
-def last_rows(num_tasks, size, spec):
-  """The last rows of each task, all given at once; none of the current one."""
-
-  def init():
-    shape = lambda x: jnp.zeros((num_tasks, size, *x.shape), x.dtype)
-    return {
-      'rows': jax.tree.map(shape, spec),
-      'task': jnp.zeros((), jnp.int32),
-    }
-
-  def insert(memory, rows, weight, rng):
-    def put(held, new):
-      return held.at[memory['task']].set(new[-size:].astype(held.dtype))
-
-    held = {key: put(x, rows[key]) for key, x in memory['rows'].items()}
-    return {**memory, 'rows': held}
-
-  def sample(memory, size, rng):
-    past = jnp.arange(num_tasks) < memory['task']
-    return memory['rows'], jnp.repeat(past[:, None], size, 1)
-
-  def end_task(memory):
-    return {**memory, 'task': memory['task'] + 1}
-
-  return Memory(init, insert, sample, end_task)

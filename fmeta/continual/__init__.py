@@ -2,7 +2,7 @@
 
 from fmeta.continual.bic import bias_corrected, fit_bias, with_bias
 from fmeta.continual.gdumb import collect, gdumb, held_columns
-from fmeta.continual.gem import a_gem, gem
+from fmeta.continual.gem import a_gem, gem, task_by_task
 from fmeta.continual.gpm import gpm
 from fmeta.continual.icarl import (
   add_exemplars,
@@ -35,6 +35,7 @@ __all__ = [
   'nearest_exemplars',
   'nonnegative_qp',
   'ogd',
+  'task_by_task',
   'today',
   'with_bias',
 ]

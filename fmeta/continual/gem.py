@@ -10,9 +10,16 @@ beside them in the batch (`fmeta.beside`):
           come and for the current one
   a_gem   memory_<key> [m, ...], memory_weight [m]: rows of any tasks
 
-The learner is `rehearse(finetune(loss, optimizer, value_and_grad=gem()),
-memory, size, mix=beside)`; for `gem` the memory's `sample` gives rows
-[T, m, ...] and which of them are there, [T, m].
+The learner is
+
+  rehearse(
+    finetune(loss, sgd(0.1), value_and_grad=gem()),
+    task_by_task(per_task(tasks, rows_per_task, spec)),
+    rows_per_task,
+    mix=beside,
+  )
+
+or, with `a_gem()`, any memory and how many of its rows to sample.
 
 The loss gets a batch of the keys without `memory_`, so the memory must hold
 what the loss reads. A reference gradient is taken as g is, in training mode,
@@ -32,7 +39,8 @@ import jax.numpy as jnp
 from fmeta.continual.qp import nonnegative_qp
 from fmeta.errors import UsageError
 from fmeta.gradients import plain
-from fmeta.types import Array, Params, Scalar, ValueAndGrad
+from fmeta.memory import ranked, task_rows
+from fmeta.types import Array, Memory, Params, Scalar, ValueAndGrad
 
 PREFIX = 'memory_'
 # Folded into the step's key; the objective itself folds in small numbers.
@@ -130,6 +138,23 @@ def a_gem(value_and_grad: ValueAndGrad = plain) -> ValueAndGrad:
   return transform
 
 
+def task_by_task(memory: Memory) -> Memory:
+  """A `per_task` memory that is sampled for `gem`, [tasks, size, ...].
+
+  Args:
+    memory: from `fmeta.memory.per_task`. A sample is of `size` rows of each
+      past task, all of them if there are no more.
+  """
+
+  def sample(held, size, rng):
+    rows, valid = task_rows(held)
+    keys = jax.random.split(rng, len(valid))
+    of_task = lambda rows, valid, key: ranked.sample_of(rows, valid, size, key)
+    return jax.vmap(of_task)(rows, valid, keys)
+
+  return memory._replace(sample=sample)
+
+
 def project(
   grads: Params, references: Params, present: Array, margin: Scalar = 0.0
 ) -> Params:
@@ -183,8 +208,8 @@ def _split(batch: Mapping[str, Any], rank: int):
     found = 'absent' if weight is None else f'of shape {jnp.shape(weight)}'
     raise UsageError(
       f"'memory_weight' is {found}; gem reads rows [T, m, ...] per task and "
-      'a_gem rows [m, ...]: use rehearse(learner, memory, size, mix=beside) '
-      'with such a memory'
+      'a_gem rows [m, ...]: use rehearse(learner, memory, size, mix=beside), '
+      'for gem with task_by_task(per_task(...))'
     )
   own = {k: v for k, v in batch.items() if not k.startswith(PREFIX)}
   past = {
