@@ -71,9 +71,7 @@ def by_task(value_and_grad, whole: bool) -> fmeta.Learner:
   """With a reservoir for each task and a second gradient."""
   held = memory.per_task(TASKS, 4, ROW)
   if whole:
-    held = held._replace(
-      sample=lambda state, size, rng: memory.task_rows(state)
-    )
+    held = continual.task_by_task(held)
   learner = finetune(value_and_grad=value_and_grad)
   return replay(learner, held, fmeta.beside)
 

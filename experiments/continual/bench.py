@@ -120,16 +120,33 @@ class Bench:
       columns['allowed'] = np.tile(self.seen[task], (len(rows), 1))
     return data.eval_batches(columns, min(500, len(rows)))
 
-  def accuracies(self, params: fmeta.types.Params, stage: int) -> list[float]:
-    """Test accuracy on each task so far, after task `stage`."""
+  def correct(self, params: fmeta.types.Params, stage: int) -> list[np.ndarray]:
+    """Which test rows of each task so far are answered, after `stage`."""
     out = []
     for batches in self._tests[: stage + 1]:
       if self.scenario == 'class':
         mask = np.tile(self.seen[stage], (len(batches[0]['label']), 1))
         batches = [{**batch, 'allowed': mask} for batch in batches]
-      out.append(evaluate.accuracy_of(self.answers, params, {}, batches))
+      found = evaluate.evaluate(self.answers, params, {}, batches)
+      out.append(found.correct)
     return out
+
+  def accuracies(self, params: fmeta.types.Params, stage: int) -> list[float]:
+    """Test accuracy on each task so far, after task `stage`."""
+    return [float(each.mean()) for each in self.correct(params, stage)]
 
   def program(self, learner: fmeta.Learner) -> train.Resident:
     """The learner's steps on images that stay on the device."""
     return train.Resident(learner, self.columns)
+
+
+def by_label(
+  tasks: Sequence[stream.Task], correct: Sequence[np.ndarray]
+) -> list[bool]:
+  """Answers of all tasks in an order that the tasks' order does not change.
+
+  Where a class is in one task only: by class, and within it as in the data.
+  """
+  label = np.concatenate([task.columns['label'] for task in tasks])
+  order = np.argsort(label, kind='stable')
+  return np.concatenate(correct)[order].astype(bool).tolist()

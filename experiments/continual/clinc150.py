@@ -29,7 +29,7 @@ import fmeta
 from experiments import minilm
 from experiments.common import trial
 from experiments.continual import rows, table
-from experiments.continual.bench import Bench, Labelled
+from experiments.continual.bench import Bench, Labelled, by_label
 from fmeta import data, stream
 from fmeta.continual import streaming
 from fmeta.datasets import clinc150
@@ -79,7 +79,7 @@ SMALL = {
   'seeds': 2,
   'methods': ('none', 'er'),
   'model': '',
-  'max_length': 8,
+  'max_length': 16,
   'random_features': 16,
   'iterations': 2,
   'batch_size': 8,
@@ -217,19 +217,20 @@ def taught(texts: Texts, name: str, order: int) -> dict[str, Any]:
   tasks = texts.tasks(texts.embedded, order)
   made, strength = classifier(name, texts, tasks)
   update, answer = jax.jit(made.update), jax.jit(made.answer)
-  state, matrix = made.init(), []
+  state, matrix, correct = made.init(), [], []
   for index, task in enumerate(tasks.train):
     columns = task.columns
     state = update(state, columns['feature'], columns['label'])
     solved = jax.jit(made.solve)(state)
-    row = []
+    correct = []
     for past in tasks.test[: index + 1]:
       scores = answer(solved, past.columns['feature'])
-      correct = jnp.argmax(scores, -1) == past.columns['label']
-      row.append(float(correct.mean()))
-    matrix.append(row)
+      right = jnp.argmax(scores, -1) == past.columns['label']
+      correct.append(np.asarray(right))
+    matrix.append([float(each.mean()) for each in correct])
   return {
     'matrix': matrix,
+    'correct': by_label(tasks.test, correct),
     'strength': strength,
     'tasks': [task.name for task in tasks.train],
     'cost': {'memory_bytes': fmeta.tree.num_bytes(state)},
@@ -268,6 +269,11 @@ def check(config: Config) -> None:
       raise fmeta.UsageError(
         f'no frozen row {name!r}; possible: {", ".join(FROZEN)}'
       )
+  if config.max_length not in minilm.BUCKETS:
+    raise fmeta.UsageError(
+      f'max_length {config.max_length}; texts are padded to one of '
+      f'{minilm.BUCKETS}'
+    )
   if config.groups not in ('domains', 'random'):
     raise fmeta.UsageError(
       f"groups {config.groups!r}; possible: 'domains', 'random'"

@@ -147,14 +147,13 @@ def _er_ace(recipe: Recipe, strength: float) -> fmeta.Learner:
 
 def _a_gem(recipe: Recipe, strength: float) -> fmeta.Learner:
   learner = recipe.finetune(value_and_grad=continual.a_gem())
-  return _per_task(recipe, learner, _by_task(recipe))
+  return _per_task(recipe, learner, _by_task(recipe), _sampled(recipe))
 
 
 def _gem(recipe: Recipe, strength: float) -> fmeta.Learner:
   learner = recipe.finetune(value_and_grad=continual.gem(strength))
-  held = _by_task(recipe)
-  whole = held._replace(sample=lambda state, size, rng: memory.task_rows(state))
-  return _per_task(recipe, learner, whole)
+  held = continual.task_by_task(_by_task(recipe))
+  return _per_task(recipe, learner, held, _rows_per_task(recipe))
 
 
 def _rows_per_task(recipe: Recipe) -> int:
@@ -167,11 +166,10 @@ def _by_task(recipe: Recipe) -> fmeta.Memory:
 
 
 def _per_task(
-  recipe: Recipe, learner: fmeta.Learner, held: fmeta.Memory
+  recipe: Recipe, learner: fmeta.Learner, held: fmeta.Memory, size: int
 ) -> fmeta.Learner:
-  return fmeta.rehearse(
-    learner, held, _sampled(recipe), mix=recipe.mix(fmeta.beside)
-  )
+  mix = recipe.mix(fmeta.beside)
+  return fmeta.rehearse(learner, held, size, mix=mix)
 
 
 def _sampled(recipe: Recipe) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import fmeta
 from experiments.common import Seeds, best_setting, placement, trial
 from experiments.continual import methods, rows
-from experiments.continual.bench import SCENARIOS, Bench
+from experiments.continual.bench import SCENARIOS, Bench, by_label
 from fmeta import data, metrics, report, train
 from fmeta.workdir import Context
 
@@ -185,7 +185,13 @@ class Table:
         row.new(recipe) + row.replayed(recipe),
         fmeta.tree.size(parameters),
       )
+      answers = {}
+      if self.reorders:  # The test rows are then what runs have in common.
+        last = len(bench.tasks.test) - 1
+        correct = bench.correct(fitted.params, last)
+        answers['correct'] = by_label(bench.tasks.test, correct)
       return {
+        **answers,
         'matrix': fitted.matrix,
         'tasks': [task.name for task in bench.tasks.train],
         'cost': dataclasses.asdict(cost),
@@ -271,6 +277,30 @@ class Measured(NamedTuple):
   runs: list[dict[str, Any]]
 
 
+def _answers(measured: Measured) -> np.ndarray:
+  return np.array([run['correct'] for run in measured.runs])
+
+
+def difference_of(
+  measured: Measured, reference: Measured
+) -> metrics.Interval | None:
+  """Final accuracy minus the reference's.
+
+  Over test rows, where both answered the same ones (means over orders first);
+  else over seeds, None for a single one.
+  """
+  runs, others = measured.runs, reference.runs
+  if 'correct' in runs[0] and 'correct' in others[0]:
+    return metrics.paired_bootstrap(_answers(measured), _answers(reference))
+  if not runs[1:]:
+    return None
+  return metrics.paired_difference(
+    dict(enumerate(run['matrix'] for run in runs)),
+    dict(enumerate(run['matrix'] for run in others)),
+    final_accuracy,
+  )
+
+
 def shown(
   name: str,
   measured: Measured,
@@ -281,18 +311,15 @@ def shown(
   row, runs = measured.row, measured.runs
   average, error = standard_error(runs)
   ends = average - 1.96 * error, average + 1.96 * error
+  if 'correct' in runs[0]:
+    ends = metrics.bootstrap_ci(_answers(measured)).ci95
   # Trained on all at once, a method has no matrix over time.
   matrices = [] if row.at_once else [run['matrix'] for run in runs]
   learned = methods.summary(matrices) if matrices else {}
   numbers = {name: average, f'{name} standard error': error}
   numbers |= {f'{name} {key}': value for key, value in learned.items()}
   ci95, difference = {name: ends}, None
-  if reference is not None and runs[1:]:
-    against = metrics.paired_difference(
-      dict(enumerate(run['matrix'] for run in runs)),
-      dict(enumerate(run['matrix'] for run in reference.runs)),
-      final_accuracy,
-    )
+  if reference is not None and (against := difference_of(measured, reference)):
     difference = (against.mean, *against.ci95)
     numbers[f'{name} minus {reference.row.title}'] = against.mean
     ci95[f'{name} minus {reference.row.title}'] = against.ci95
@@ -352,8 +379,13 @@ def run(
     title,
     f'How much is forgotten in the {config.scenario} scenario?',
     made,
-    f'mean over {config.seeds} seeds, 1.96 standard errors, paired t '
-    f'intervals; {config.iterations} iterations a task, batches of '
+    f'mean over {config.seeds} seeds; '
+    + (
+      'each with its order of tasks; intervals over test rows; '
+      if table.reorders
+      else '1.96 standard errors over seeds, differences by paired t; '
+    )
+    + f'{config.iterations} iterations a task, batches of '
     f'{config.batch_size}, Adam {config.rate:g}; memory of '
     f'{config.memory_size} rows; importance over {config.fisher_examples} '
     'rows of a task',
@@ -362,6 +394,7 @@ def run(
     reference=measured[first].row.title if measured else None,
   )
   print(report.terminal_table(panel))
+  print(panel.note)
   if panel.figure:
     (table.context.workdir / picture).write_bytes(panel.figure.png)
   costs = 'steps', 'examples_per_second', 'flops_per_step', 'peak_bytes'
