@@ -61,6 +61,8 @@ def test_frozen_and_trained_rows_share_a_table(
   if groups == 'domains':
     assert sorted(first['tasks']) == [f'domain {k}' for k in range(10)]
     assert first['tasks'] != second['tasks']
+  # A block of two and the head move, the table of words does not.
+  assert result['trainable_parameters'] < result['total_parameters'] / 10
   low, high = result['ci95']['none minus nearest mean, frozen']
   assert low < result['metrics']['none minus nearest mean, frozen'] < high
   assert 'intervals over test rows' in ' '.join(capsys.readouterr().out.split())

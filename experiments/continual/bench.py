@@ -48,6 +48,7 @@ class Bench:
     forward: gives logits of all classes: what a memory keeps and a loss masks.
     start: `key -> params`, fresh.
     test_batch: test rows at a time.
+    tuning: what moves; everything by default.
   """
 
   def __init__(
@@ -57,8 +58,9 @@ class Bench:
     forward: fmeta.Forward,
     start: Callable[[jax.Array], fmeta.types.Params],
     test_batch: int = 1000,
+    tuning: fmeta.Tuning | None = None,
   ):
-    self.forward, self.start = forward, start
+    self.forward, self.start, self.tuning = forward, start, tuning
     self.tasks, self.scenario = tasks, scenario
     # What may be answered after each task.
     self.seen = np.logical_or.accumulate(tasks.allowed)

@@ -99,7 +99,13 @@ class Texts:
     self.module, self.params, tokenizer = minilm.load_model(
       config.model, clinc150.NUM_INTENTS, config.seed.init
     )
-    self.first = self.module.config.num_layers - config.blocks
+    layers = self.module.config.num_layers
+    if config.blocks > layers:
+      raise fmeta.UsageError(
+        f'config.blocks is {config.blocks}; the model has {layers} layers'
+      )
+    self.first = layers - config.blocks
+    self.blocks = '|'.join(map(str, range(self.first, layers)))
     splits = clinc150.load(context.data_dir)
     counts = {'train': config.train_examples, 'test': config.test_examples}
     self.domains = _domains(splits['train'])
@@ -164,6 +170,7 @@ class Texts:
       minilm.from_layer(self.module, self.first),
       start,
       test_batch=150,
+      tuning=fmeta.select(f'body/layer_({self.blocks})/.*', 'head/.*'),
     )
 
 

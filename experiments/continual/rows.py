@@ -32,7 +32,9 @@ class Recipe(NamedTuple):
   def finetune(self, loss: Any = None, **options: Any) -> fmeta.Learner:
     """The step itself."""
     loss = self.bench.loss if loss is None else loss
-    return fmeta.finetune(loss, optim.adam(self.rate), **options)
+    return fmeta.finetune(
+      loss, optim.adam(self.rate), tuning=self.bench.tuning, **options
+    )
 
   def mix(self, how: Callable) -> Callable:
     """Old rows may answer what new ones may, where that is the classes seen."""

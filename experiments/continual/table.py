@@ -85,6 +85,8 @@ class Table:
     self.held_out, self.bench_of = held_out, bench_of
     self.given = strengths_of(config.strengths)
     self.reorders, self.bench = reorders, bench_of(splits, 0)
+    start = jax.eval_shape(self.bench.start, jax.random.key(0))
+    self.parameters = fmeta.tree.size(start)
     self._order = 0
 
   def bench_of_seed(self, seed: int) -> Bench:
@@ -179,11 +181,8 @@ class Table:
       bench, row = self.bench_of_seed(seed), rows.ROWS[name]
       recipe = self.recipe(bench)
       fitted = self.fit(bench, name, strength, seed)
-      parameters = jax.eval_shape(bench.start, jax.random.key(0))
       cost = metrics.cost_of(
-        fitted,
-        row.new(recipe) + row.replayed(recipe),
-        fmeta.tree.size(parameters),
+        fitted, row.new(recipe) + row.replayed(recipe), self.parameters
       )
       answers = {}
       if self.reorders:  # The test rows are then what runs have in common.
@@ -403,6 +402,6 @@ def run(
     'ci95': ci95,
     **{key: last[key] for key in costs},
     'trainable_parameters': last['trainable'],
-    'total_parameters': last['trainable'],
+    'total_parameters': table.parameters,
     'data_sha256': data.fingerprint(table.splits['train']),
   }
