@@ -68,6 +68,27 @@ def test_frozen_and_trained_rows_share_a_table(
   assert 'intervals over test rows' in ' '.join(capsys.readouterr().out.split())
 
 
+def test_rows_without_a_gradient_know_the_task_where_the_others_do(
+  tmp_path, tiny_bert
+):
+  right = {}
+  for scenario in ('task', 'class'):
+    folder = tmp_path / scenario
+    execute(
+      folder,
+      model=tiny_bert,
+      scenario=scenario,
+      frozen=('nearest_mean',),
+      methods=('none',),
+      seeds=1,
+    )
+    path = folder / f'trials/{scenario}/nearest_mean/seed_0.json'
+    right[scenario] = np.array(json.loads(path.read_text())['correct'])
+  # Fewer answers are possible, so none that was right becomes wrong.
+  assert (right['task'] >= right['class']).all()
+  assert right['task'].sum() > right['class'].sum()
+
+
 def test_answers_are_listed_by_class_whatever_the_order_of_tasks():
   columns = {'label': np.array([0, 1, 2, 0, 1, 2]), 'right': np.arange(6) % 2}
   listed = []

@@ -220,7 +220,11 @@ def classifier(
 
 
 def taught(texts: Texts, name: str, order: int) -> dict[str, Any]:
-  """The accuracy matrix of a row without a gradient."""
+  """The accuracy matrix of a row without a gradient.
+
+  Where tasks are known an answer is one of the task's own classes; else one
+  of those seen so far, as no other has a mean.
+  """
   tasks = texts.tasks(texts.embedded, order)
   made, strength = classifier(name, texts, tasks)
   update, answer = jax.jit(made.update), jax.jit(made.answer)
@@ -230,8 +234,10 @@ def taught(texts: Texts, name: str, order: int) -> dict[str, Any]:
     state = update(state, columns['feature'], columns['label'])
     solved = jax.jit(made.solve)(state)
     correct = []
-    for past in tasks.test[: index + 1]:
+    for own, past in enumerate(tasks.test[: index + 1]):
       scores = answer(solved, past.columns['feature'])
+      if texts.config.scenario == 'task':
+        scores = jnp.where(tasks.allowed[own], scores, -jnp.inf)
       right = jnp.argmax(scores, -1) == past.columns['label']
       correct.append(np.asarray(right))
     matrix.append([float(each.mean()) for each in correct])
