@@ -36,7 +36,7 @@ def rows(n=40, seed=0, classes=CLASSES):
 
 
 def learned(classifier, features, label, weight=None):
-  return classifier.update(classifier.init(), features, label, weight)
+  return classifier.update(classifier.init(), features, label, weight=weight)
 
 
 def test_nearest_means_equal_the_baselines_on_all_rows_at_once(x64):

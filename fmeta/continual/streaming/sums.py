@@ -45,8 +45,8 @@ def transformed(
 ) -> Streaming:
   """The classifier of `transform(features)`, one function for all rows."""
   return classifier._replace(
-    update=lambda state, features, *rest: classifier.update(
-      state, transform(features), *rest
+    update=lambda state, features, label, weight=None: classifier.update(
+      state, transform(features), label, weight
     ),
     answer=lambda solved, features: classifier.answer(
       solved, transform(features)
