@@ -93,6 +93,10 @@ def test_a_line_per_row_and_peer(row, tmp_path, capsys):
     ({'rows': ('naive', 'gemm')}, "no 'gemm'"),
     ({'peers': ('mammoth',)}, "no 'mammoth'"),
     ({'steps': 5}, 'no whole number of dispatches'),
+    ({'steps': 0}, 'config.steps is 0'),
+    ({'steps_per_dispatch': 0}, 'config.steps_per_dispatch is 0'),
+    ({'pairs': 1}, 'config.pairs is 1'),
+    ({'memory_size': 3}, 'er replays 4 rows a step from a memory of 3'),
   ],
 )
 def test_misuse_is_one_line(changes, said, monkeypatch):

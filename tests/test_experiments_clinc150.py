@@ -120,6 +120,8 @@ def test_rows_of_different_answers_are_compared_over_seeds():
     ('--config.max_length=20', 'max_length 20'),
     ('--config.frozen=sdla', "no frozen row 'sdla'"),
     ('--config.methods=none,ewk', "no method 'ewk'"),
+    ('--config.blocks=0', 'config.blocks is 0'),
+    ('--config.random_features=0', 'config.random_features is 0'),
   ],
 )
 def test_misuse_is_one_line(tmp_path, capsys, flag, said):
@@ -127,3 +129,10 @@ def test_misuse_is_one_line(tmp_path, capsys, flag, said):
   assert job.main([*argv, flag]) == 2
   error = capsys.readouterr().err
   assert error.count('\n') == 1 and said in error
+
+
+def test_more_blocks_than_layers_are_refused(tmp_path, tiny_bert, capsys):
+  argv = ['run', f'--config={clinc150.__file__}', f'--workdir={tmp_path}/run']
+  argv += [f'--config.model={tiny_bert}', '--config.blocks=3']
+  assert job.main(argv) == 2
+  assert 'the model has 2 layers' in capsys.readouterr().err

@@ -88,10 +88,11 @@ def test_permuted_mnist_gives_a_table(tmp_path):
   assert 'joint' in result['metrics'] and 'none' in result['ci95']
 
 
-def test_a_strength_is_chosen_on_validation_images(tmp_path, capsys):
-  small = dict(rows.ROWS)
-  small['ewc'] = rows.ROWS['ewc']._replace(grid=(1.0, 10.0))
-  rows.ROWS.update(small)
+def test_a_strength_is_chosen_on_validation_images(
+  tmp_path, capsys, monkeypatch
+):
+  short = rows.ROWS['ewc']._replace(grid=(1.0, 10.0))
+  monkeypatch.setitem(rows.ROWS, 'ewc', short)
   execute(split, tmp_path / 'run', methods=('ewc',), seeds=1, strengths=())
   tried = sorted((tmp_path / 'run/trials/domain/ewc').glob('strength_*'))
   assert [path.stem for path in tried] == ['strength_1', 'strength_10']
@@ -153,6 +154,22 @@ def test_the_error_shown_is_the_standard_error_over_seeds():
     ('--config.methods=none,ewk', "no method 'ewk'"),
     ('--config.strengths=ewc:x', "strength 'ewc:x'"),
     ('--config.strengths=ewk:3', "no method 'ewk'"),
+    ('--config.strengths=er:3', "'er' has no strength"),
+    ('--config.strengths=ewc:-1', "strength 'ewc:-1'"),
+    ('--config.strengths=ewc:nan', "strength 'ewc:nan'"),
+    ('--config.methods=', 'methods is empty'),
+    ('--config.seeds=0', 'config.seeds is 0'),
+    ('--config.iterations=0', 'config.iterations is 0'),
+    ('--config.rate=0', 'config.rate is 0'),
+    ('--config.memory_size=0', 'config.memory_size is 0'),
+    ('--config.memory_size=100', 'ER replays 128 rows a step'),
+    ('--config.fisher_examples=-1', 'config.fisher_examples is -1'),
+    ('--config.test_examples=0', 'config.test_examples is 0'),
+    ('--config.test_examples=1', 'no example has class'),
+    ('--config.steps_per_dispatch=0', 'config.steps_per_dispatch is 0'),
+    ('--config.batch_size=1', 'ER, equal compute takes 0.5 of a batch of 1'),
+    ('--config.batch_size=100', 'batch_size 100 does not fit 80 examples'),
+    ('--config.sizes=8,0', 'config.sizes is (8, 0)'),
   ],
 )
 def test_misuse_is_one_line(tmp_path, capsys, flag, said):
@@ -160,3 +177,11 @@ def test_misuse_is_one_line(tmp_path, capsys, flag, said):
   assert job.main([*argv, flag]) == 2
   error = capsys.readouterr().err
   assert error.count('\n') == 1 and said in error
+
+
+def test_a_stream_of_no_tasks_is_refused(tmp_path, capsys):
+  folder = tmp_path / 'run'
+  argv = ['run', f'--config={permuted.__file__}', f'--workdir={folder}']
+  assert job.main([*argv, '--config.tasks=0']) == 2
+  assert 'config.tasks is 0' in capsys.readouterr().err
+  assert not folder.exists()

@@ -28,6 +28,7 @@ import numpy as np
 import fmeta
 from experiments.benchmarks.fewshot import cores
 from experiments.benchmarks.paired import Contender, compare
+from experiments.common import require
 from fmeta import data, models, optim, train
 from fmeta.models import Mlp
 from fmeta.train.dispatch import own
@@ -35,6 +36,16 @@ from fmeta.workdir import Context
 
 ROWS = 'naive', 'ewc', 'er'
 PEERS = 'torch', 'avalanche'
+LEAST = {
+  'pairs': 2,
+  'steps': 1,
+  'steps_per_dispatch': 1,
+  'features': 1,
+  'sizes': 1,
+  'classes': 1,
+  'batch_size': 1,
+  'memory_size': 1,
+}
 
 
 @dataclasses.dataclass
@@ -151,6 +162,12 @@ def make_torch(row: str, config: Config, peer: str, params: Any) -> Any:
 
 def check(config: Config) -> None:
   """Raises `UsageError` for what does not exist or is not installed."""
+  require(config, LEAST, ('rate',))
+  if 'er' in config.rows and config.batch_size > config.memory_size:
+    raise fmeta.UsageError(
+      f'er replays {config.batch_size} rows a step from a memory of '
+      f'{config.memory_size}; raise --config.memory_size'
+    )
   for names, possible in ((config.rows, ROWS), (config.peers, PEERS)):
     for name in names:
       if name not in possible:

@@ -213,3 +213,17 @@ def check(names: tuple[str, ...]) -> None:
   for name in names:
     if name not in ROWS:
       raise fmeta.UsageError(f'no method {name!r}; possible: {", ".join(ROWS)}')
+
+
+def check_sizes(row: Row, recipe: Recipe) -> None:
+  """Raises `UsageError` where a step would have no rows, or too many old."""
+  if row.new(recipe) < 1:
+    raise fmeta.UsageError(
+      f'{row.title} takes {row.share:g} of a batch of {recipe.batch_size}; '
+      'give at least 2'
+    )
+  if row.replayed(recipe) > recipe.memory_size:
+    raise fmeta.UsageError(
+      f'{row.title} replays {row.replayed(recipe)} rows a step from a memory '
+      f'of {recipe.memory_size}; raise memory_size or lower batch_size'
+    )

@@ -13,13 +13,37 @@ import jax
 import numpy as np
 
 import fmeta
-from experiments.common import Seeds, best_setting, placement, trial
+from experiments.common import (
+  Seeds,
+  best_setting,
+  placement,
+  require,
+  trial,
+)
 from experiments.continual import methods, rows
 from experiments.continual.bench import SCENARIOS, Bench, by_label
 from fmeta import data, metrics, report, train
 from fmeta.workdir import Context
 
 SEARCH_SEED = 1000  # no final run has it
+# The smallest values that mean something, in each stream that has them.
+LEAST = dict.fromkeys(
+  (
+    'seeds',
+    'sizes',
+    'iterations',
+    'batch_size',
+    'memory_size',
+    'fisher_examples',
+    'steps_per_dispatch',
+    'train_examples',
+    'test_examples',
+    'tasks',
+    'blocks',
+    'random_features',
+  ),
+  1,
+)
 
 
 @dataclasses.dataclass
@@ -88,6 +112,8 @@ class Table:
     start = jax.eval_shape(self.bench.start, jax.random.key(0))
     self.parameters = fmeta.tree.size(start)
     self._order = 0
+    for name in config.methods:  # Not after hours of the rows before.
+      rows.check_sizes(rows.ROWS[name], self.recipe(self.bench))
 
   def bench_of_seed(self, seed: int) -> Bench:
     """The stream that a seed moves through."""
@@ -223,7 +249,12 @@ class Table:
 
 def check(config: Config) -> None:
   """Raises `UsageError` for what does not exist, before data are read."""
+  require(config, LEAST, ('rate',))
   rows.check(config.methods)
+  if not config.methods:
+    raise fmeta.UsageError(
+      f'config.methods is empty; give some of {", ".join(rows.ROWS)}'
+    )
   strengths_of(config.strengths)
   if config.scenario not in SCENARIOS:
     raise fmeta.UsageError(
@@ -237,12 +268,19 @@ def strengths_of(given: Sequence[str]) -> dict[str, float]:
   for item in given:
     name, _, value = item.partition(':')
     rows.check((name,))
+    if not rows.ROWS[name].grid:
+      with_one = [key for key, row in rows.ROWS.items() if row.grid]
+      raise fmeta.UsageError(
+        f'{name!r} has no strength; possible: {", ".join(with_one)}'
+      )
     try:
       found[name] = float(value)
-    except ValueError as error:
+    except ValueError:
+      found[name] = np.nan
+    if not 0 <= found[name] < np.inf:
       raise fmeta.UsageError(
         f'strength {item!r}; give method:number, for example ewc:1e5'
-      ) from error
+      )
   return found
 
 
