@@ -73,6 +73,7 @@ def test_every_row_runs_in_every_scenario(tmp_path, scenario):
     seeds=1,
   )
   assert set(named) <= set(result['metrics'])
+  assert not set(named) & set(result['ci95'])  # of one seed
   for name in named:
     path = tmp_path / f'run/trials/{scenario}/{name}/seed_0.json'
     cost = json.loads(path.read_text())['cost']
@@ -145,6 +146,16 @@ def test_the_error_shown_is_the_standard_error_over_seeds():
   mean, error = table.standard_error(runs)
   assert mean == pytest.approx(0.8)
   assert error == pytest.approx(0.1)
+
+
+def test_intervals_are_of_t_over_seeds_and_none_for_one_seed():
+  runs = [{'matrix': [[x]], 'seconds': 1.0} for x in (0.5, 0.7, 0.9)]
+  # t(2) = 4.303 times the standard error .2 / sqrt(3).
+  half = 4.3027 * 0.2 / 3**0.5
+  found = table.interval_of(table.Measured(rows.ROWS['none'], 0.0, runs))
+  np.testing.assert_allclose(found, (0.7 - half, 0.7 + half), rtol=1e-4)
+  one = table.Measured(rows.ROWS['none'], 0.0, runs[:1])
+  assert table.interval_of(one) is None
 
 
 @pytest.mark.parametrize(

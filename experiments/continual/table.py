@@ -290,7 +290,7 @@ def _at_an_edge(strength: float, grid: Sequence[float]) -> str:
 
 def standard_error(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
   """Mean final accuracy over seeds and its standard error."""
-  finals = [np.mean(run['matrix'][-1]) for run in runs]
+  finals = [final_accuracy(run['matrix']) for run in runs]
   spread = np.std(finals, ddof=1) / len(finals) ** 0.5 if finals[1:] else 0.0
   return float(np.mean(finals)), float(spread)
 
@@ -316,6 +316,19 @@ class Measured(NamedTuple):
 
 def _answers(measured: Measured) -> np.ndarray:
   return np.array([run['correct'] for run in measured.runs])
+
+
+def interval_of(measured: Measured) -> tuple[float, float] | None:
+  """95% of the final accuracy.
+
+  Over test rows where orders differ, else over seeds: None for a single one.
+  """
+  if 'correct' in measured.runs[0]:
+    return metrics.bootstrap_ci(_answers(measured)).ci95
+  if not measured.runs[1:]:
+    return None
+  finals = [final_accuracy(run['matrix']) for run in measured.runs]
+  return metrics.mean_t(finals).ci95
 
 
 def difference_of(
@@ -347,15 +360,13 @@ def shown(
   """The table's row, its numbers and their intervals."""
   row, runs = measured.row, measured.runs
   average, error = standard_error(runs)
-  ends = average - 1.96 * error, average + 1.96 * error
-  if 'correct' in runs[0]:
-    ends = metrics.bootstrap_ci(_answers(measured)).ci95
+  ends = interval_of(measured)
   # Trained on all at once, a method has no matrix over time.
   matrices = [] if row.at_once else [run['matrix'] for run in runs]
   learned = methods.summary(matrices) if matrices else {}
   numbers = {name: average, f'{name} standard error': error}
   numbers |= {f'{name} {key}': value for key, value in learned.items()}
-  ci95, difference = {name: ends}, None
+  ci95, difference = {} if ends is None else {name: ends}, None
   if reference is not None and (against := difference_of(measured, reference)):
     difference = (against.mean, *against.ci95)
     numbers[f'{name} minus {reference.row.title}'] = against.mean
@@ -420,7 +431,7 @@ def run(
     + (
       'each with its order of tasks; intervals over test rows; '
       if table.reorders
-      else '1.96 standard errors over seeds, differences by paired t; '
+      else 't-intervals over seeds, of differences pair by pair; '
     )
     + f'{config.iterations} iterations a task, batches of '
     f'{config.batch_size}, Adam {config.rate:g}; memory of '
