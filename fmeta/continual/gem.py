@@ -36,13 +36,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmeta.continual.beside import apart
 from fmeta.continual.qp import nonnegative_qp
 from fmeta.errors import UsageError
 from fmeta.gradients import plain
 from fmeta.memory import ranked, task_rows
 from fmeta.types import Array, Memory, Params, Scalar, ValueAndGrad
 
-PREFIX = 'memory_'
 # Folded into the step's key; the objective itself folds in small numbers.
 REFERENCE = 2**32 - 2
 
@@ -203,7 +203,8 @@ def project_on_one(grads: Params, reference: Params) -> Params:
 
 def _split(batch: Mapping[str, Any], rank: int):
   """The batch's own keys, and those of the memory without their prefix."""
-  weight = batch.get(f'{PREFIX}weight')
+  own, past = apart(batch)
+  weight = past.get('weight')
   if weight is None or jnp.ndim(weight) != rank:
     found = 'absent' if weight is None else f'of shape {jnp.shape(weight)}'
     raise UsageError(
@@ -211,10 +212,6 @@ def _split(batch: Mapping[str, Any], rank: int):
       'a_gem rows [m, ...]: use rehearse(learner, memory, size, mix=beside), '
       'for gem with task_by_task(per_task(...))'
     )
-  own = {k: v for k, v in batch.items() if not k.startswith(PREFIX)}
-  past = {
-    k.removeprefix(PREFIX): v for k, v in batch.items() if k.startswith(PREFIX)
-  }
   # A memory may say with bools which rows are there.
   return own, {**past, 'weight': jnp.asarray(weight, jnp.float32)}
 

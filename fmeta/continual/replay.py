@@ -14,13 +14,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fmeta.continual.beside import apart
 from fmeta.continual.masking import masked
 from fmeta.errors import UsageError
 from fmeta.learner import append
 from fmeta.losses import Criterion
 from fmeta.types import Array, Aux, Batch, Forward, LossFn, Scalar
 
-PREFIX = 'memory_'
 Mix = Callable[[Batch, Batch, Array], Batch]
 
 
@@ -157,17 +157,12 @@ def today(mix: Mix) -> Mix:
 
 
 def _run(forward, params, model_state, batch, rng) -> tuple[Part, Part, Any]:
-  rows = {
-    key.removeprefix(PREFIX): value
-    for key, value in batch.items()
-    if key.startswith(PREFIX)
-  }
+  own, rows = apart(batch)
   if not rows:
     raise UsageError(
       "the batch has no 'memory_*' keys; use "
       'rehearse(learner, memory, size, mix=fmeta.beside)'
     )
-  own = {k: v for k, v in batch.items() if not k.startswith(PREFIX)}
   valid = rows.pop('weight')
   together = append(own, rows, valid)
   outputs, model_state = forward(params, model_state, together, rng)

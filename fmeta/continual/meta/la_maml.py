@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from fmeta import optim, tree
+from fmeta.continual.beside import apart
 from fmeta.errors import UsageError
 from fmeta.learner import append, beside, finetune, rehearse
 from fmeta.meta import Inner, episode_loss
 from fmeta.types import Learner, LossFn, Memory, Params, Scalar
-
-PREFIX = 'memory_'  # of the keys that `fmeta.beside` makes
 
 
 def la_maml_init(params: Params, rate: float) -> Params:
@@ -95,9 +94,9 @@ def lookahead_loss(inner: Inner, loss_fn: LossFn) -> LossFn:
   """
 
   def loss(params, model_state, batch, rng):
-    own = {k: v for k, v in batch.items() if not k.startswith(PREFIX)}
+    own, held = apart(batch)
     rows = jax.tree.leaves(own)[0].shape[0]
-    episode = {'support': own, 'query': _with_remembered(own, batch)}
+    episode = {'support': own, 'query': _with_remembered(own, held)}
     episode = jax.tree.map(lambda x: x[None], episode)
     ahead = episode_loss(inner, loss_fn, rows, batch_size=1)
     value, aux = ahead(params, model_state, episode, rng)
@@ -107,12 +106,7 @@ def lookahead_loss(inner: Inner, loss_fn: LossFn) -> LossFn:
   return loss
 
 
-def _with_remembered(own, batch):
-  held = {
-    key.removeprefix(PREFIX): value
-    for key, value in batch.items()
-    if key.startswith(PREFIX)
-  }
+def _with_remembered(own, held):
   if not held:
     return own
   return append(own, held, held.pop('weight'))
