@@ -20,13 +20,12 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fmeta
 from experiments.common import Seeds, placement, trial
 from experiments.continual import methods
-from fmeta import data, evaluate, metrics, models, train
+from fmeta import continual, data, evaluate, metrics, models, train
 from fmeta import stream as streams
 from fmeta.datasets import digits
 from fmeta.models import Mlp
@@ -102,17 +101,12 @@ def tasks_of(columns: data.Columns, scenario: str) -> list[streams.Task]:
 def open_bench(config: Config) -> Bench:
   """Loads digits in the shape of the scenario."""
   module = Mlp(config.sizes, 2 if config.scenario == 'domain' else 10)
-  inner = models.forward(module, models.IMAGE)
-
-  def known_task(params, model_state, batch, rng):
-    logits, model_state = inner(params, model_state, batch, rng)
-    return jnp.where(batch['allowed'], logits, -1e9), model_state
-
+  forward = models.forward(module, models.IMAGE)
   splits = digits.load()
   return Bench(
     config,
     module,
-    known_task if config.scenario == 'task' else inner,
+    continual.masked_forward(forward) if config.scenario == 'task' else forward,
     tasks_of(splits['train'], config.scenario),
     tasks_of(splits['test'], config.scenario),
   )
