@@ -137,6 +137,23 @@ def test_too_few_characters_or_drawings_are_one_line(tmp_path, drawn):
     omniglot_oml.run(small(classes=(2,), shots=19), Context(tmp_path))
 
 
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'rates': ()}, 'config.rates is empty'),
+    ({'classes': ()}, 'config.classes is empty'),
+    ({'classes': (5, 0)}, r'config.classes is \(5, 0\)'),
+    ({'draws': 0}, 'config.draws is 0'),
+    ({'remember': -1}, 'config.remember is -1'),
+    ({'meta_iterations': 0}, 'config.meta_iterations is 0'),
+    ({'inner_lr': 0.0}, 'config.inner_lr is 0.0'),
+  ],
+)
+def test_sizes_that_mean_nothing_are_one_line(tmp_path, changes, said):
+  with pytest.raises(UsageError, match=said):
+    omniglot_oml.run(small(**changes), Context(tmp_path))
+
+
 def test_online_accuracy_is_a_loop_of_steps(columns):
   trials = online_streams.test_streams(columns, 3, 2, 2, 2, 0)
   random = np.random.default_rng(0)

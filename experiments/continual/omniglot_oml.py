@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmeta
-from experiments.common import Seeds, fit_options
+from experiments.common import Seeds, fit_options, require
 from experiments.continual import online_streams as streams
 from experiments.fewshot.omniglot import splits
 from fmeta import data, evaluate, metrics, models, optim, train
@@ -46,6 +46,28 @@ from fmeta.workdir import Context
 BODIES = 'random', 'pre-trained', 'pre-trained longer', 'OML'
 ORDERS = {'one by one': False, 'shuffled': True}
 MEAN = 'nearest mean'
+# The smallest values that mean something.
+LEAST = dict.fromkeys(
+  (
+    'train_characters',
+    'validation_characters',
+    'filters',
+    'width',
+    'batch_size',
+    'pretrain_iterations',
+    'stream_classes',
+    'stream_shots',
+    'meta_batch',
+    'meta_iterations',
+    'classes',
+    'shots',
+    'asked',
+    'draws',
+    'validation_draws',
+  ),
+  1,
+) | {'remember': 0}
+POSITIVE = 'rate', 'inner_lr', 'outer_lr', 'rates'
 
 
 @dataclasses.dataclass
@@ -258,8 +280,17 @@ def draw_picture(config: Config, found: dict[str, np.ndarray]) -> bytes:
   return curves(lines, xlabel='classes learned one by one, one pass').png
 
 
+def check(config: Config) -> None:
+  """Raises `UsageError` for what means nothing, before data are read."""
+  require(config, LEAST, POSITIVE)
+  for name in ('classes', 'rates'):
+    if not getattr(config, name):
+      raise fmeta.UsageError(f'config.{name} is empty; give at least one')
+
+
 def run(config: Config, context: Context) -> dict:
   """Trains the bodies, tests each."""
+  check(config)
   bench = Bench(config, context)
   for split in ('validation', 'test'):  # refuses what cannot be, now
     bench.trials(split, config.ways, False)
