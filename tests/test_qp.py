@@ -1,6 +1,6 @@
 """The dual of a projection on a cone, solved inside jit.
 
-One thousand random programs: `test_continual_analytic.py`.
+One thousand random programs: `test_continual_analytic_projections.py`.
 """
 
 import cones
