@@ -11,7 +11,7 @@ from experiments import run as job
 from experiments.continual import bench as benches
 from experiments.continual import rows, table
 from experiments.continual.mnist import permuted, protocol, split
-from fmeta import models
+from fmeta import models, train
 from fmeta.datasets import mnist
 
 
@@ -196,3 +196,31 @@ def test_a_stream_of_no_tasks_is_refused(tmp_path, capsys):
   assert job.main([*argv, '--config.tasks=0']) == 2
   assert 'config.tasks is 0' in capsys.readouterr().err
   assert not folder.exists()
+
+
+@pytest.mark.parametrize(('worst', 'status'), [(1.0, 2), (100.0, 0)])
+def test_a_strength_that_diverges_is_not_chosen(
+  tmp_path, monkeypatch, capsys, worst, status
+):
+  fit = table.Table.fit
+
+  def fragile(self, bench, name, strength, seed):
+    if seed == table.SEARCH_SEED and strength >= worst:
+      raise train.Diverged('loss is nan')
+    return fit(self, bench, name, strength, seed)
+
+  monkeypatch.setattr(table.Table, 'fit', fragile)
+  monkeypatch.setitem(
+    rows.ROWS, 'ewc', rows.ROWS['ewc']._replace(grid=(10.0, 1000.0))
+  )
+  argv = ['run', f'--config={split.__file__}', f'--workdir={tmp_path}/run']
+  small = {**split.SMALL, 'seeds': 1, 'methods': ('ewc',), 'strengths': ()}
+  for name, value in small.items():
+    value = ','.join(map(str, value)) if isinstance(value, tuple) else value
+    argv.append(f'--config.{name}={value}')
+  assert job.main(argv) == status
+  shown = capsys.readouterr()
+  if status:
+    assert 'diverged with every strength' in shown.err
+  else:
+    assert "'1000': None" in shown.out

@@ -175,8 +175,12 @@ class Table:
       )
     return made
 
-  def choose(self, name: str) -> tuple[float, dict[str, float]]:
-    """A strength, and the validation accuracy of each of the grid."""
+  def choose(self, name: str) -> tuple[float, dict[str, float | None]]:
+    """A strength, and the validation accuracy of each; None: it diverged.
+
+    Raises:
+      UsageError: if all of them did.
+    """
     row = rows.ROWS[name]
     if name in self.given or not row.grid:
       return self.given.get(name, 0.0), {}
@@ -193,12 +197,18 @@ class Table:
         try:
           fitted = self.fit(bench, name, strength, SEARCH_SEED)
         except train.Diverged:
-          return {'value': 0.0}  # a strength too many
+          return {'value': None}  # a strength too many
         return {'value': float(np.mean(fitted.matrix[-1]))}
 
       where = f'{self.config.scenario}/{name}/strength_{strength:g}'
       tried[f'{strength:g}'] = trial(self.context, where, run)['value']
-    return float(best_setting(tried)), tried
+    finite = {k: value for k, value in tried.items() if value is not None}
+    if not finite:
+      raise fmeta.UsageError(
+        f'{name} diverged with every strength of its grid {list(tried)}; lower '
+        '--config.rate'
+      )
+    return float(best_setting(finite)), tried
 
   def final(self, name: str, strength: float, seed: int) -> dict[str, Any]:
     """The whole stream with one seed."""
