@@ -9,7 +9,9 @@ if 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     os.environ.get('XLA_FLAGS', '')
     + ' --xla_force_host_platform_device_count=8'
   )
-if '--oracles' not in sys.argv:
+if '--oracles' in sys.argv:  # The workers of pytest-xdist have other arguments.
+  os.environ['FMETA_ORACLES'] = '1'
+if 'FMETA_ORACLES' not in os.environ:
   # Compiling is most of what tests do, and XLA's fusion emitters 40 % of that
   # (2026-11-24). With --oracles, which also repeats the tests that want code
   # as users get it (`optimised`), they stay on.
