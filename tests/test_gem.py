@@ -110,7 +110,8 @@ def test_narrow_leaves_are_multiplied_in_float32_and_keep_their_dtype():
   assert found.dtype == jnp.bfloat16
   share = 4092 / 4104  # in bfloat16 it would be 1
   expected = np.array([1 - share, 1 + 3 * share])[[1] + [0] * 4095]
-  np.testing.assert_allclose(found.astype(float), expected, rtol=1e-2)
+  # bfloat16 rounds to half of 2^-7: .0039.
+  np.testing.assert_allclose(found.astype(float), expected, rtol=4e-3)
 
 
 @pytest.mark.parametrize('margin', [0.0, 0.5])

@@ -54,7 +54,7 @@ def test_the_losses_are_those_of_the_ramp_by_hand(found):
   np.testing.assert_allclose(found.rates, rates[: len(found.rates)], rtol=1e-5)
   x = np.array([1.0, -2.0, 0.5])
   for rate, loss in zip(found.rates, found.losses, strict=True):
-    np.testing.assert_allclose(loss, SHARP / 2 * (x**2).sum(), rtol=1e-3)
+    np.testing.assert_allclose(loss, SHARP / 2 * (x**2).sum(), rtol=1e-5)
     x = x - rate * SHARP * x
 
 

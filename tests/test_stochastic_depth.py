@@ -110,7 +110,7 @@ def test_a_block_is_dropped_for_a_row_as_written_by_hand(params):
   narrow = narrow @ np.float64(layer['mlp']['down']['kernel'])
   narrow = narrow + layer['mlp']['down']['bias']
   expected = norm(inner + 2 * narrow, second)
-  np.testing.assert_allclose(out[2], expected, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(out[2], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_resumed_half_has_the_rates_of_its_own_layers(params):
