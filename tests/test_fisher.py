@@ -1,3 +1,4 @@
+import fisher_by_example
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,9 +75,9 @@ def test_empirical_fisher_uses_the_labels_of_the_data(x64):
 
 KINDS = [fisher.exact_fisher, fisher.sampled_fisher, fisher.empirical_fisher]
 SLOW = [
-  fisher.per_example.exact_fisher,
-  fisher.per_example.sampled_fisher,
-  fisher.per_example.empirical_fisher,
+  fisher_by_example.exact_fisher,
+  fisher_by_example.sampled_fisher,
+  fisher_by_example.empirical_fisher,
 ]
 
 

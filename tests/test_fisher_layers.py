@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import fisher_by_example
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import toys
 
 from fmeta import fisher, losses, models, tree
-from fmeta.fisher import diagonal, passes, per_example
+from fmeta.fisher import diagonal, passes
 
 KEY = jax.random.key(4)
 KINDS = ('exact', 'sampled', 'empirical')
@@ -156,7 +157,7 @@ def test_in_float64_it_equals_the_loop_over_examples(name, x64):
   case = _double(_case(name))
   weight = [1.0, 1.0, 0.0, 1.0]
   found = _fishers(diagonal, case, weight)
-  _assert_close(found, _fishers(per_example, case, weight), 1e-12)
+  _assert_close(found, _fishers(fisher_by_example, case, weight), 1e-12)
 
 
 def _double(case):
@@ -168,7 +169,7 @@ def _double(case):
 def test_in_float32_it_equals_the_loop_over_examples(name):
   case = _case(name)
   found = _fishers(diagonal, case, [1.0] * 4)
-  _assert_close(found, _fishers(per_example, case, [1.0] * 4), 1e-6)
+  _assert_close(found, _fishers(fisher_by_example, case, [1.0] * 4), 1e-6)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fmeta import tree
 from fmeta.fisher.labels import of_the_data
+from fmeta.fisher.mean import mean_over
 from fmeta.types import Array, Batch, Forward, ModelState, Params
 
 
@@ -48,13 +49,11 @@ def batched_fisher(
     UsageError: if a batch has no labels.
   """
   del rng
-  total = jax.tree.map(jnp.zeros_like, moving)
-  count = jnp.zeros((), jnp.int32)
-  for batch in batches:
-    total, count = _add(
-      forward, total, count, params, moving, model_state, batch
-    )
-  return jax.tree.map(lambda t: t / jnp.maximum(count, 1), total)
+
+  def add(total, count, batch):
+    return _add(forward, total, count, params, moving, model_state, batch)
+
+  return mean_over(add, moving, batches)
 
 
 @functools.partial(jax.jit, static_argnums=0)

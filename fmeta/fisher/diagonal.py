@@ -9,9 +9,10 @@ padding rows (weight 0) change them:
   empirical  E_x g(x, label)^2, which is not a Fisher
 
 (Martens 2020, https://arxiv.org/abs/1412.1193, section 11; Kunstner et al.
-2019, https://arxiv.org/abs/1905.12558.) They equal those of
-`fisher.per_example` for any model. A leaf that the model uses once, in a
-matrix product, a convolution without groups or a lookup, gets its squares
+2019, https://arxiv.org/abs/1905.12558.) They equal a loop
+over examples (`tests/fisher_by_example.py`) for any model. A leaf that the
+model uses once, in a matrix product, a convolution without groups or a lookup,
+gets its squares
 from the layer's inputs and the cotangents of its outputs (`fisher.rows`),
 which costs about what the gradient of the batch does. Every other leaf
 (norms, biases, tied tables, what a loop reuses) holds B gradients of its size
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from fmeta.fisher.labels import Labels, drawn, of_the_data, summed_over
+from fmeta.fisher.mean import mean_over
 from fmeta.fisher.passes import (
   keys_of,
   over_labels,
@@ -101,13 +103,12 @@ def empirical_fisher(
 
 
 def _mean(labels, forward, params, moving, model_state, batches, rng):
-  total = jax.tree.map(jnp.zeros_like, moving)
-  count = jnp.zeros((), jnp.int32)
-  for batch in batches:
-    total, count = add_batch(
+  def add(total, count, batch):
+    return add_batch(
       labels, forward, total, count, params, moving, model_state, batch, rng
     )
-  return jax.tree.map(lambda t: t / jnp.maximum(count, 1), total)
+
+  return mean_over(add, moving, batches)
 
 
 # Functions are static: every task's pass is one compiled program.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
+from fmeta.fisher.mean import mean_over
 from fmeta.penalty.online_ewc import online_ewc
 from fmeta.types import (
   Array,
@@ -63,13 +64,11 @@ def output_sensitivity(
     Importance, shaped like `moving`.
   """
   del rng
-  total = jax.tree.map(jnp.zeros_like, moving)
-  count = jnp.zeros((), jnp.int32)
-  for batch in batches:
-    total, count = _add(
-      forward, total, count, params, moving, model_state, batch
-    )
-  return jax.tree.map(lambda t: t / jnp.maximum(count, 1), total)
+
+  def add(total, count, batch):
+    return _add(forward, total, count, params, moving, model_state, batch)
+
+  return mean_over(add, moving, batches)
 
 
 # The function is static: every task's pass is one compiled program.

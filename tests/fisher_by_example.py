@@ -1,7 +1,6 @@
 """Diagonal Fisher information, one example at a time: the reference.
 
-A loop over examples with a whole backward pass each; `fisher.diagonal` gives
-the same numbers for the price of a batch's gradient.
+A loop over examples with a whole backward pass each.
 
 With per-example gradients g(x, y) = grad log p(y | x) of the leaves that
 move, all three are means over the examples, so neither the batch size nor
