@@ -305,7 +305,6 @@ def test_a_sigterm_to_one_process_stops_both_and_both_resume(tmp_path):
     found = dict(found)
   alone = preempt_worker.fit(None)
   losses = [record['loss'] for record in alone.history]
-  # Many float32 steps of Adam, sums in another order on two processes: a
-  # hundred steps on 8 devices differ by 8e-5, single leaves by more.
-  np.testing.assert_allclose(found.pop('losses'), losses, rtol=1e-3)
-  assert_near(found, worker.flat(alone.params), 1e-3)
+  # Forty float32 steps, sums in another order on two processes.
+  np.testing.assert_allclose(found.pop('losses'), losses, rtol=1e-5)
+  assert_near(found, worker.flat(alone.params), 1e-4)
