@@ -11,7 +11,7 @@ from experiments.continual.bench import Bench
 from fmeta import continual, memory, optim, penalty
 
 # Wide, because the right strength differs by ten decades between scenarios.
-DECADES = tuple(10.0**k for k in range(1, 12, 2))
+DECADES = tuple(10.0**k for k in range(1, 14, 2))
 
 
 class Recipe(NamedTuple):
