@@ -156,6 +156,8 @@ class Learner(NamedTuple):
       consolidate what the finished task has taught.
     gradient: `(state, batch, rng) -> grads`, of the data and the penalty, as
       the same step hands it to the optimiser.
+    begin_task: `(state, forward, batches, rng) -> state`: looks at a task
+      before its first step; nothing by default.
   """
 
   init: Callable[..., TrainState]
@@ -164,3 +166,4 @@ class Learner(NamedTuple):
   using: Callable[[TrainState], AbstractContextManager[Params]]
   end_task: Callable[..., TrainState]
   gradient: Callable[[TrainState, Batch, Array], Params]
+  begin_task: Callable[..., TrainState] = lambda state, *given: state

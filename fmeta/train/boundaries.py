@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 
 from fmeta import tree
 from fmeta.errors import UsageError
@@ -96,6 +97,34 @@ class Boundaries:
       # By identity: a merge makes a new array.
       fixed = {n: leaf for n, leaf in fixed.items() if now.get(n) is leaf}
     return (state if shaped is state else self._place(shaped)), set(fixed)
+
+
+def rewritten(before: TrainState, after: TrainState) -> list[str]:
+  """Names of the frozen leaves that `after` has others of.
+
+  Raises:
+    UsageError: if a leaf of the state has come, gone or changed its shape: the
+      compiled step would be another.
+  """
+  old, new = _kinds(before), _kinds(after)
+  for name in [*old, *new]:
+    if old.get(name) != new.get(name):
+      raise UsageError(
+        f'between two steps {name!r} went from {old.get(name)} to '
+        f'{new.get(name)}; keep the shapes of a state, or give the next stage '
+        'a learner of its own'
+      )
+  held = _named(before.frozen)
+  # By identity: an unchanged leaf is handed on.
+  return [n for n, leaf in _named(after.frozen).items() if leaf is not held[n]]
+
+
+def _kinds(state: TrainState) -> dict[str, str]:
+  flat = jax.tree_util.tree_flatten_with_path(state)[0]
+  return {
+    jax.tree_util.keystr(path): f'{jnp.result_type(x)}{list(jnp.shape(x))}'
+    for path, x in flat
+  }
 
 
 def _named(frozen: Params) -> dict[str, Array]:

@@ -7,7 +7,7 @@ after the next one has been started, so the device does not wait for the host.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from fmeta.averaging import find_averages, put_averages
-from fmeta.train.boundaries import Boundaries
+from fmeta.train.boundaries import Boundaries, rewritten
 from fmeta.train.dispatch import Program, chunks, own, require_finite
 from fmeta.train.log import Live, Metrics, step_record
 from fmeta.train.saver import Saver
@@ -24,7 +24,7 @@ from fmeta.train.stopping import Best
 from fmeta.types import Array, Batch, Learner, Params, TrainState
 
 # Beside the streams of `fmeta.learner`, folded into the step's key.
-END_TASK = 4
+END_TASK, BEGIN_TASK = 4, 6
 SIGTERM_STATUS = 143  # 128 + 15, what a shell reports
 
 
@@ -84,6 +84,7 @@ class Loop:
     at = self.progress.learner
     shaped, fixed = self.boundaries.rebuild(self._state(), at)
     self._take(shaped)
+    fixed -= set(self.progress.rewritten)
     state, self.kept = self.saver.restore(shaped, self._leaves(), fixed)
     self._take(state)
 
@@ -144,6 +145,8 @@ class Loop:
     if progress.index == 0:
       progress.best, progress.stopped_early = Best(), False
       self.kept = None
+      if stage.prepare:
+        self._between(self.learner.begin_task, stage.prepare, BEGIN_TASK)
     source = chunks(stage.batches, progress.index, stage.num_steps, self._limit)
     with closing(source):
       began = time.perf_counter()
@@ -249,26 +252,32 @@ class Loop:
     if self.kept is not None:
       self._return(self.kept)
       self.kept = None
-    state = self._state()
     if stage.remember or stage.ends_task:
-      rng = jax.random.fold_in(self.rng, self.progress.step)
-      rng = jax.random.fold_in(rng, END_TASK)
-      state = self.learner.end_task(
-        state, self.settings.forward, stage.remember, rng
-      )
-      # What it remembers may be the very leaves that move on.
-      self.moving = dataclasses.replace(
-        self.moving,
-        penalty_state=own(state.penalty_state),
-        memory=own(state.memory),
-      )
-      state = self._state()
+      self._between(self.learner.end_task, stage.remember, END_TASK)
+    state = self._state()
     if self.settings.after_stage is not None:
       row = self.settings.after_stage(
         self.learner.params(state), state.model_state, self.progress.stage
       )
       self.progress.matrix.append([float(x) for x in row])
     self.progress.stage, self.progress.index = self.progress.stage + 1, 0
+
+  def _between(
+    self, act: Callable[..., TrainState], batches: Sequence[Batch], number: int
+  ) -> None:
+    """Lets the learner act between two steps, at an end of a task."""
+    rng = jax.random.fold_in(self.rng, self.progress.step)
+    rng = jax.random.fold_in(rng, number)
+    before = self._state()
+    after = act(before, self.settings.forward, batches, rng)
+    changed = rewritten(before, after)
+    # What it remembers may be the very leaves that move on: copied there.
+    placed = self.settings.place_state(after)
+    self._take(placed if changed else placed.replace(frozen=self.frozen))
+    if changed:
+      self.progress.rewritten = sorted({*self.progress.rewritten, *changed})
+      if self.saver is not None:
+        self.saver.hold(self.frozen)
 
   def _save(self) -> None:
     if self.saver is not None:

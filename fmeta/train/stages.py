@@ -23,6 +23,8 @@ class Stage(NamedTuple):
       to remember: a memory with a place per task moves on to the next.
     learner: takes this stage's steps; that of `fit` by default. Where it
       changes, `fmeta.retune` takes the state over.
+    prepare: what `learner.begin_task` looks at before the first step; nothing:
+      it is not called.
   """
 
   name: str
@@ -31,6 +33,7 @@ class Stage(NamedTuple):
   remember: Sequence[Batch] = ()
   learner: Learner | None = None
   ends_task: bool = False
+  prepare: Sequence[Batch] = ()
 
 
 class Phased:
@@ -158,10 +161,10 @@ class Settings:
         raise UsageError(
           f'stage {stage.name!r} has num_steps={stage.num_steps}; give >= 1'
         )
-      if stage.remember and self.forward is None:
+      if (stage.remember or stage.prepare) and self.forward is None:
         raise UsageError(
-          f'stage {stage.name!r} remembers batches; give `forward` to '
-          'consolidate with'
+          f'stage {stage.name!r} has batches to remember or to prepare with; '
+          'give the `forward` to run on them'
         )
     if self.evaluate is None and self.restore_best:
       raise UsageError('restore_best needs `evaluate`')
@@ -176,7 +179,8 @@ class Progress:
   """Where the loop is; saved as JSON beside the state.
 
   `learner` numbers the learner whose state it is, see `Boundaries`: at a
-  stage's end still that of the stage.
+  stage's end still that of the stage. `rewritten` names the frozen leaves that
+  a task's beginning or end has changed: a resume loads them.
   """
 
   step: int
@@ -186,6 +190,7 @@ class Progress:
   best: Best = dataclasses.field(default_factory=Best)
   stopped_early: bool = False
   matrix: list[list[float]] = dataclasses.field(default_factory=list)
+  rewritten: list[str] = dataclasses.field(default_factory=list)
 
   @classmethod
   def from_json(cls, json: dict) -> 'Progress':
