@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import run as job
-from experiments.continual import bench, clinc150, table
+from experiments.continual import bench, clinc150, measured
 from fmeta import stream
 from fmeta.datasets import clinc150 as dataset
 
@@ -102,15 +102,15 @@ def test_answers_are_listed_by_class_whatever_the_order_of_tasks():
 def test_rows_of_different_answers_are_compared_over_seeds():
   def made(*finals):
     runs = [{'matrix': [[x]], 'seconds': 1.0} for x in finals]
-    return table.Measured(None, 0.0, runs)
+    return measured.Measured(None, 0.0, runs)
 
-  found = table.difference_of(made(0.5, 0.7, 0.9), made(0.4, 0.5, 0.6))
+  found = measured.difference_of(made(0.5, 0.7, 0.9), made(0.4, 0.5, 0.6))
   assert found.mean == pytest.approx(0.2)
   # t(2) = 4.303 times the standard error .1 / sqrt(3).
   assert found.ci95[1] - found.mean == pytest.approx(
     4.3027 * 0.1 / 3**0.5, rel=1e-4
   )
-  assert table.difference_of(made(0.5), made(0.4)) is None
+  assert measured.difference_of(made(0.5), made(0.4)) is None
 
 
 @pytest.mark.parametrize(

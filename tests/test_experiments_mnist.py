@@ -9,7 +9,7 @@ import pytest
 
 from experiments import run as job
 from experiments.continual import bench as benches
-from experiments.continual import rows, table
+from experiments.continual import measured, rows, table
 from experiments.continual.mnist import permuted, protocol, split
 from fmeta import models, train
 from fmeta.datasets import mnist
@@ -143,7 +143,7 @@ def test_permuted_tasks_keep_pixels_and_give_each_task_its_head():
 
 def test_the_error_shown_is_the_standard_error_over_seeds():
   runs = [{'matrix': [[0.5], [0.8, 0.6]]}, {'matrix': [[0.5], [0.9, 0.9]]}]
-  mean, error = table.standard_error(runs)
+  mean, error = measured.standard_error(runs)
   assert mean == pytest.approx(0.8)
   assert error == pytest.approx(0.1)
 
@@ -152,10 +152,10 @@ def test_intervals_are_of_t_over_seeds_and_none_for_one_seed():
   runs = [{'matrix': [[x]], 'seconds': 1.0} for x in (0.5, 0.7, 0.9)]
   # t(2) = 4.303 times the standard error .2 / sqrt(3).
   half = 4.3027 * 0.2 / 3**0.5
-  found = table.interval_of(table.Measured(rows.ROWS['none'], 0.0, runs))
+  found = measured.interval_of(measured.Measured(rows.ROWS['none'], 0.0, runs))
   np.testing.assert_allclose(found, (0.7 - half, 0.7 + half), rtol=1e-4)
-  one = table.Measured(rows.ROWS['none'], 0.0, runs[:1])
-  assert table.interval_of(one) is None
+  one = measured.Measured(rows.ROWS['none'], 0.0, runs[:1])
+  assert measured.interval_of(one) is None
 
 
 @pytest.mark.parametrize(

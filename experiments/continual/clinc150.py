@@ -6,12 +6,8 @@ all-MiniLM-L6-v2 learns 15 new intents per task and answers among all intents
 so far (class-incremental). The last `blocks` layers and the head move from
 cached states of the frozen layers below; each seed has an order of tasks of
 its own. The rows that have to be beaten need no gradient, from the frozen
-embeddings of the same texts:
-
-- nearest class mean by cosine;
-- SLDA (Hayes & Kanan 2020, https://arxiv.org/abs/1909.01520);
-- RanPAC (McDonnell et al. 2023, https://arxiv.org/abs/2307.02251) with its
-  strength chosen on held-out texts of the first task.
+embeddings of the same texts: nearest class mean by cosine, SLDA and RanPAC
+(`frozen.py`).
 
 Expected: nearest mean .917, a joint logistic regression .943 to .955, after
 the last task (torch and scikit-learn, one order by domain). Measured:
@@ -19,34 +15,25 @@ experiments/README.md.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fmeta
 from experiments import minilm
-from experiments.common import trial
-from experiments.continual import rows, table
-from experiments.continual.bench import Bench, Labelled, by_label
+from experiments.continual import frozen, show, table
+from experiments.continual.bench import Bench, Labelled
 from fmeta import data, stream
-from fmeta.continual import streaming
 from fmeta.datasets import clinc150
 from fmeta.models import BertClassifier, forward
 from fmeta.pretrained import MINILM
 from fmeta.workdir import Context
 
 TASKS = 10
-FROZEN = {
-  'nearest_mean': 'nearest mean, frozen',
-  'slda': 'SLDA, frozen',
-  'ranpac': 'RanPAC, frozen',
-}
 
 
 @dataclasses.dataclass
-class Config(table.Config):
+class Config(frozen.Config):
   """What one would sweep; rate and iterations are untuned."""
 
   scenario: str = 'class'
@@ -59,11 +46,9 @@ class Config(table.Config):
     'er_matched',
     'der_plus_plus',
   )
-  frozen: tuple[str, ...] = tuple(FROZEN)
   model: str = MINILM
   blocks: int = 1
   max_length: int = 32
-  random_features: int = 2000
   iterations: int = 94  # two epochs of a task
   batch_size: int = 32
   rate: float = 3e-4
@@ -192,96 +177,9 @@ def _first_of_each(columns: data.Columns, count: int) -> data.Columns:
   return data.take(columns, order[place[order] < count])
 
 
-def classifier(
-  name: str, texts: Texts, tasks: Labelled
-) -> tuple[streaming.Streaming, float]:
-  """A row without a gradient, and the strength it has."""
-  config = texts.config
-  dim = tasks.train[0].columns['feature'].shape[1]
-  classes = clinc150.NUM_INTENTS
-  if name == 'nearest_mean':
-    return streaming.nearest_mean_cosine(classes, dim), 0.0
-  if name == 'slda':
-    return streaming.slda(classes, dim), 0.0
-
-  def make(strength):
-    key = jax.random.key(config.seed.init)
-    return streaming.ranpac(classes, dim, config.random_features, key, strength)
-
-  first = tasks.train[0].columns
-  cut = len(first['label']) * 4 // 5
-  part = make(1.0).update(
-    make(1.0).init(), first['feature'][:cut], first['label'][:cut]
-  )
-  strength, _ = streaming.choose_strength(
-    make, part, first['feature'][cut:], first['label'][cut:]
-  )
-  return make(float(strength)), float(strength)
-
-
-def taught(texts: Texts, name: str, order: int) -> dict[str, Any]:
-  """The accuracy matrix of a row without a gradient.
-
-  Where tasks are known an answer is one of the task's own classes; else one
-  of those seen so far, as no other has a mean.
-  """
-  tasks = texts.tasks(texts.embedded, order)
-  made, strength = classifier(name, texts, tasks)
-  update, answer = jax.jit(made.update), jax.jit(made.answer)
-  state, matrix, correct = made.init(), [], []
-  for index, task in enumerate(tasks.train):
-    columns = task.columns
-    state = update(state, columns['feature'], columns['label'])
-    solved = jax.jit(made.solve)(state)
-    correct = []
-    for own, past in enumerate(tasks.test[: index + 1]):
-      scores = answer(solved, past.columns['feature'])
-      if texts.config.scenario == 'task':
-        scores = jnp.where(tasks.allowed[own], scores, -jnp.inf)
-      right = jnp.argmax(scores, -1) == past.columns['label']
-      correct.append(np.asarray(right))
-    matrix.append([float(each.mean()) for each in correct])
-  return {
-    'matrix': matrix,
-    'correct': by_label(tasks.test, correct),
-    'strength': strength,
-    'tasks': [task.name for task in tasks.train],
-    'cost': {'memory_bytes': fmeta.tree.num_bytes(state)},
-    'trainable': 0,
-  }
-
-
-def frozen_rows(texts: Texts, context: Context) -> dict[str, table.Measured]:
-  """The rows without a gradient, one run per order."""
-  found = {}
-  for name in texts.config.frozen:
-    runs = []
-    for seed in range(texts.config.seeds):
-      where = f'{texts.config.scenario}/{name}/seed_{seed}'
-      runs.append(
-        trial(context, where, lambda n=name, s=seed: taught(texts, n, s))
-      )
-    average, _ = table.standard_error(runs)
-    print(f'{name}: {100 * average:.2f} %', flush=True)
-    found[name] = table.Measured(_row(FROZEN[name]), 0.0, runs)
-  return found
-
-
-def _row(title: str) -> rows.Row:
-  def no_learner(recipe, strength):
-    raise fmeta.UsageError(f'{title} learns without a step')
-
-  return rows.Row(title, no_learner)
-
-
 def check(config: Config) -> None:
   """Raises `UsageError` for what does not exist, before texts are read."""
-  table.check(config)
-  for name in config.frozen:
-    if name not in FROZEN:
-      raise fmeta.UsageError(
-        f'no frozen row {name!r}; possible: {", ".join(FROZEN)}'
-      )
+  frozen.check(config)
   if config.max_length not in minilm.BUCKETS:
     raise fmeta.UsageError(
       f'max_length {config.max_length}; texts are padded to one of '
@@ -297,8 +195,10 @@ def run(config: Config, context: Context) -> dict:
   """All rows and orders, a table and a picture."""
   check(config)
   texts = Texts(config, context)
-  frozen = frozen_rows(texts, context)
+  without = frozen.measure(
+    config, context, lambda order: texts.tasks(texts.embedded, order)
+  )
   made = table.Table(
     config, context, texts.splits, 0.1, texts.bench, reorders=True
   )
-  return table.run(made, 'CLINC150', {}, 'clinc150.png', frozen)
+  return show.run(made, 'CLINC150', {}, 'clinc150.png', without)

@@ -11,7 +11,7 @@ experiments/README.md.
 
 import dataclasses
 
-from experiments.continual import table
+from experiments.continual import settings, show, table
 from experiments.continual.mnist import protocol
 from fmeta.workdir import Context
 
@@ -21,7 +21,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass
-class Config(table.Config):
+class Config(settings.Config):
   """What one would sweep."""
 
   sizes: tuple[int, ...] = (1000, 1000)
@@ -32,12 +32,12 @@ class Config(table.Config):
   tasks: int = 10
 
 
-SMALL = {**table.SMALL, 'tasks': 3}
+SMALL = {**settings.SMALL, 'tasks': 3}
 
 
 def run(config: Config, context: Context) -> dict:
   """All rows and seeds, a table and a picture."""
-  table.check(config)
+  settings.check(config)
   made = table.Table(
     config,
     context,
@@ -52,4 +52,4 @@ def run(config: Config, context: Context) -> dict:
     ),
   )
   published = PUBLISHED.get(config.scenario, {})
-  return table.run(made, 'Permuted MNIST', published, 'permuted_mnist.png')
+  return show.run(made, 'Permuted MNIST', published, 'permuted_mnist.png')

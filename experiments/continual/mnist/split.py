@@ -14,11 +14,11 @@ experiments/README.md.
 
 import dataclasses
 
-from experiments.continual import table
+from experiments.continual import settings, show, table
 from experiments.continual.mnist import protocol
 from fmeta.workdir import Context
 
-SMALL = table.SMALL
+SMALL = settings.SMALL
 PUBLISHED = {
   'task': {
     'none': 0.8515,
@@ -45,13 +45,13 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass
-class Config(table.Config):
-  """The defaults of `table.Config` are this protocol's."""
+class Config(settings.Config):
+  """The defaults of `settings.Config` are this protocol's."""
 
 
 def run(config: Config, context: Context) -> dict:
   """All rows and seeds, a table and a picture."""
-  table.check(config)
+  settings.check(config)
   made = table.Table(
     config,
     context,
@@ -63,6 +63,6 @@ def run(config: Config, context: Context) -> dict:
       config.sizes,
     ),
   )
-  return table.run(
+  return show.run(
     made, 'Split MNIST', PUBLISHED[config.scenario], 'split_mnist.png'
   )

@@ -1,0 +1,103 @@
+"""What one would sweep in a table of methods, and what is no setting of it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+import fmeta
+from experiments.common import Seeds, require
+from experiments.continual import rows
+from experiments.continual.bench import SCENARIOS
+
+# The smallest values that mean something, in each stream that has them.
+LEAST = dict.fromkeys(
+  (
+    'seeds',
+    'sizes',
+    'iterations',
+    'batch_size',
+    'memory_size',
+    'fisher_examples',
+    'steps_per_dispatch',
+    'train_examples',
+    'test_examples',
+    'tasks',
+    'blocks',
+    'random_features',
+  ),
+  1,
+)
+
+
+@dataclasses.dataclass
+class Config:
+  """What one would sweep in either stream."""
+
+  seed: Seeds = dataclasses.field(default_factory=Seeds)
+  seeds: int = 5
+  scenario: str = 'domain'
+  methods: tuple[str, ...] = tuple(rows.ROWS)
+  sizes: tuple[int, ...] = (400, 400)
+  iterations: int = 2000  # per task
+  batch_size: int = 128
+  rate: float = 1e-3
+  memory_size: int = 500
+  fisher_examples: int = 1000  # first images of a task
+  # `method:value` instead of a search.
+  strengths: tuple[str, ...] = ()
+  steps_per_dispatch: int = 250
+  train_examples: int = 60_000
+  test_examples: int = 10_000
+
+
+SMALL = {
+  'seeds': 2,
+  'methods': ('none', 'ewc', 'er'),
+  'sizes': (8,),
+  'iterations': 4,
+  'batch_size': 8,
+  'memory_size': 20,
+  'fisher_examples': 8,
+  'strengths': ('ewc:100',),
+  'steps_per_dispatch': 2,
+  'train_examples': 400,
+  'test_examples': 200,
+}
+
+
+def check(config: Config) -> None:
+  """Raises `UsageError` for what does not exist, before data are read."""
+  require(config, LEAST, ('rate',))
+  rows.check(config.methods)
+  if not config.methods:
+    raise fmeta.UsageError(
+      f'config.methods is empty; give some of {", ".join(rows.ROWS)}'
+    )
+  strengths_of(config.strengths)
+  if config.scenario not in SCENARIOS:
+    raise fmeta.UsageError(
+      f'no scenario {config.scenario!r}; possible: {", ".join(SCENARIOS)}'
+    )
+
+
+def strengths_of(given: Sequence[str]) -> dict[str, float]:
+  """`method:value` of a config as numbers."""
+  found = {}
+  for item in given:
+    name, _, value = item.partition(':')
+    rows.check((name,))
+    if not rows.ROWS[name].grid:
+      with_one = [key for key, row in rows.ROWS.items() if row.grid]
+      raise fmeta.UsageError(
+        f'{name!r} has no strength; possible: {", ".join(with_one)}'
+      )
+    try:
+      found[name] = float(value)
+    except ValueError:
+      found[name] = np.nan
+    if not 0 <= found[name] < np.inf:
+      raise fmeta.UsageError(
+        f'strength {item!r}; give method:number, for example ewc:1e5'
+      )
+  return found
