@@ -1,4 +1,4 @@
-"""CIFAR-10 in both of its forms."""
+"""CIFAR-10 and CIFAR-100 in both of their forms."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_datasets import raw_file
 
-from fmeta.datasets import cifar
+from fmeta.datasets import cifar, cifar100
 from fmeta.errors import UsageError
 
 
@@ -45,18 +45,24 @@ def test_cifar_mosaics_are_cut_row_by_row(tmp_path):
     cifar.load(tmp_path)
 
 
+def packed(path, names, images, labels):
+  """A tar file with one image in each member, after its label bytes."""
+  with tarfile.open(path, 'w:gz') as archive:
+    for name, image, label in zip(names, images, labels, strict=True):
+      raw = label.tobytes() + image.transpose(2, 0, 1).tobytes()
+      member = tarfile.TarInfo(name)
+      member.size = len(raw)
+      archive.addfile(member, io.BytesIO(raw))
+
+
 def test_cifar_binary_rows_are_a_label_and_three_planes(tmp_path, monkeypatch):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (6, 32, 32, 3), np.uint8)
   labels = np.arange(6, dtype=np.uint8)
   path = tmp_path / 'cifar-10-binary.tar.gz'
   names = [f'data_batch_{k}.bin' for k in range(1, 6)] + ['test_batch.bin']
-  with tarfile.open(path, 'w:gz') as archive:
-    for name, image, label in zip(names, images, labels, strict=True):
-      raw = label.tobytes() + image.transpose(2, 0, 1).tobytes()
-      member = tarfile.TarInfo(f'cifar-10-batches-bin/{name}')
-      member.size = len(raw)
-      archive.addfile(member, io.BytesIO(raw))
+  names = [f'cifar-10-batches-bin/{name}' for name in names]
+  packed(path, names, images, labels)
   monkeypatch.setattr(cifar.Cifar10, 'RAW', {path.name: raw_file(path)})
   splits = cifar.load(tmp_path, cache_dir=tmp_path / 'cache')
   both = np.concatenate([splits['train']['image'], splits['test']['image']])
@@ -71,3 +77,29 @@ def test_the_shared_training_images_are_500_of_each_class(shared_data):
   train = cifar.read_mosaic(shared_data / 'cifar10' / 'train.webp')
   assert train['image'].shape == (5000, 32, 32, 3)
   assert (np.bincount(train['label']) == 500).all()
+
+
+def test_cifar100_binary_rows_have_two_labels_of_which_the_fine_counts(
+  tmp_path, monkeypatch
+):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+  labels = np.array([[3, 71], [19, 99]], np.uint8)
+  path = tmp_path / 'cifar-100-binary.tar.gz'
+  names = [f'cifar-100-binary/{name}.bin' for name in ('train', 'test')]
+  packed(path, names, images, labels)
+  monkeypatch.setattr(cifar100.Cifar100, 'RAW', {path.name: raw_file(path)})
+  splits = cifar100.load(tmp_path, cache_dir=tmp_path / 'cache')
+  for k, name in enumerate(('train', 'test')):
+    np.testing.assert_allclose(splits[name]['image'][0] * 255, images[k])
+    assert splits[name]['label'].tolist() == [labels[k, 1]]
+
+
+def test_the_shared_part_of_cifar100_has_100_and_50_images_of_each_class(
+  shared_data,
+):
+  # By the folder's name, beside one that holds CIFAR-10.
+  splits = cifar100.load(shared_data)
+  assert splits['train']['image'].shape == (10_000, 32, 32, 3)
+  assert (np.bincount(splits['train']['label']) == 100).all()
+  assert (np.bincount(splits['test']['label']) == 50).all()

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import run as job
 from experiments.continual import bench as benches
-from experiments.continual import measured, rows, table
+from experiments.continual import images, measured, rows, table
 from experiments.continual.mnist import permuted, protocol, split
 from fmeta import models, train
 from fmeta.datasets import mnist
@@ -23,7 +23,7 @@ def columns(size, seed):
 
 
 SPLITS = {'train': columns(400, 0), 'test': columns(200, 1)}
-BYTES = {name: protocol.as_bytes(part) for name, part in SPLITS.items()}
+BYTES = {name: images.as_bytes(part) for name, part in SPLITS.items()}
 
 
 def bench_of(scenario):
@@ -32,7 +32,7 @@ def bench_of(scenario):
 
 
 @pytest.fixture(autouse=True)
-def images(monkeypatch):
+def dataset(monkeypatch):
   monkeypatch.setattr(mnist, 'load', lambda data_dir: SPLITS)
 
 

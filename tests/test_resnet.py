@@ -192,3 +192,16 @@ def test_resnet_20_is_right_on_92_percent_of_500_test_images(shared_data):
   )
   # Three standard errors of 500 draws are 3.7 points.
   assert abs(accuracy - 0.9173) < 0.037
+
+
+def test_without_a_head_come_the_features_that_the_head_reads(tiny):
+  module, params, state, _ = tiny
+  bare = module.clone(num_classes=None)
+  body = {'params': {'body': params['body']}, **state}
+  features = bare.apply(body, images())
+  assert features.shape == (2, 16)
+  head = params['head']
+  logits = module.apply({'params': params, **state}, images())
+  # A product of the same arrays outside the program; sums in another order.
+  found = features @ head['kernel'] + head['bias'][None]
+  np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-6)

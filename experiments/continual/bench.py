@@ -13,6 +13,7 @@ may be answered, as data. The boundary is beside the batches: a stage ends.
 
 import functools
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -49,6 +50,8 @@ class Bench:
     start: `key -> params`, fresh.
     test_batch: test rows at a time.
     tuning: what moves; everything by default.
+    model_state: at the start, such as statistics of pre-trained norms.
+    program: `(learner, columns) -> Program` whose batches name rows.
   """
 
   def __init__(
@@ -59,8 +62,11 @@ class Bench:
     start: Callable[[jax.Array], fmeta.types.Params],
     test_batch: int = 1000,
     tuning: fmeta.Tuning | None = None,
+    model_state: fmeta.types.ModelState = MappingProxyType({}),
+    program: Callable[..., train.Resident] = train.Resident,
   ):
     self.forward, self.start, self.tuning = forward, start, tuning
+    self.model_state, self._program = dict(model_state), program
     self.tasks, self.scenario = tasks, scenario
     # What may be answered after each task.
     self.seen = np.logical_or.accumulate(tasks.allowed)
@@ -122,24 +128,35 @@ class Bench:
       columns['allowed'] = np.tile(self.seen[task], (len(rows), 1))
     return data.eval_batches(columns, min(500, len(rows)))
 
-  def correct(self, params: fmeta.types.Params, stage: int) -> list[np.ndarray]:
+  def correct(
+    self,
+    params: fmeta.types.Params,
+    model_state: fmeta.types.ModelState,
+    stage: int,
+  ) -> list[np.ndarray]:
     """Which test rows of each task so far are answered, after `stage`."""
     out = []
     for batches in self._tests[: stage + 1]:
       if self.scenario == 'class':
         mask = np.tile(self.seen[stage], (len(batches[0]['label']), 1))
         batches = [{**batch, 'allowed': mask} for batch in batches]
-      found = evaluate.evaluate(self.answers, params, {}, batches)
+      found = evaluate.evaluate(self.answers, params, model_state, batches)
       out.append(found.correct)
     return out
 
-  def accuracies(self, params: fmeta.types.Params, stage: int) -> list[float]:
+  def accuracies(
+    self,
+    params: fmeta.types.Params,
+    model_state: fmeta.types.ModelState,
+    stage: int,
+  ) -> list[float]:
     """Test accuracy on each task so far, after task `stage`."""
-    return [float(each.mean()) for each in self.correct(params, stage)]
+    correct = self.correct(params, model_state, stage)
+    return [float(each.mean()) for each in correct]
 
   def program(self, learner: fmeta.Learner) -> train.Resident:
     """The learner's steps on images that stay on the device."""
-    return train.Resident(learner, self.columns)
+    return self._program(learner, self.columns)
 
 
 def by_label(
@@ -152,3 +169,13 @@ def by_label(
   label = np.concatenate([task.columns['label'] for task in tasks])
   order = np.argsort(label, kind='stable')
   return np.concatenate(correct)[order].astype(bool).tolist()
+
+
+def first_of_each(columns: data.Columns, count: int) -> data.Columns:
+  """The first rows of each class, dealt in turn: the last are of all."""
+  label, place = columns['label'], np.zeros(len(columns['label']), int)
+  for value in np.unique(label):
+    rows_of = np.flatnonzero(label == value)
+    place[rows_of] = np.arange(len(rows_of))
+  order = np.lexsort((label, place))
+  return data.take(columns, order[place[order] < count])

@@ -22,7 +22,7 @@ import numpy as np
 import fmeta
 from experiments import minilm
 from experiments.continual import frozen, show, table
-from experiments.continual.bench import Bench, Labelled
+from experiments.continual.bench import Bench, Labelled, first_of_each
 from fmeta import data, stream
 from fmeta.datasets import clinc150
 from fmeta.models import BertClassifier, forward
@@ -96,7 +96,7 @@ class Texts:
     self.domains = _domains(splits['train'])
     self.splits, self.embedded = {}, {}
     for name, count in counts.items():
-      columns = _first_of_each(splits[name], count)
+      columns = first_of_each(splits[name], count)
       columns = minilm.encode(tokenizer, columns, config.max_length)
       columns = minilm.with_prefix(
         self.module, self.params, columns, self.first
@@ -165,16 +165,6 @@ def _domains(columns: data.Columns) -> dict[str, tuple[int, ...]]:
     labels = columns['label'][columns['domain'] == domain]
     found[str(domain)] = tuple(np.unique(labels).tolist())
   return found
-
-
-def _first_of_each(columns: data.Columns, count: int) -> data.Columns:
-  """The first texts of each intent, dealt in turn: the last are of all."""
-  label, place = columns['label'], np.zeros(len(columns['label']), int)
-  for value in np.unique(label):
-    rows_of = np.flatnonzero(label == value)
-    place[rows_of] = np.arange(len(rows_of))
-  order = np.lexsort((label, place))
-  return data.take(columns, order[place[order] < count])
 
 
 def check(config: Config) -> None:

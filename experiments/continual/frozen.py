@@ -10,7 +10,7 @@ in the order of a seed, as rows that train are.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -40,9 +40,9 @@ class Config(settings.Config):
   random_features: int = 2000
 
 
-def check(config: Config) -> None:
+def check(config: Config, tunings: Collection[str] = ()) -> None:
   """Raises `UsageError` for what does not exist, before data are read."""
-  settings.check(config)
+  settings.check(config, tunings)
   for name in config.frozen:
     if name not in TITLES:
       raise fmeta.UsageError(

@@ -1,6 +1,6 @@
 """The rows of a table: what each method adds to the one step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 
 import fmeta
 from experiments.continual.bench import Bench
-from fmeta import continual, memory, optim, penalty
+from fmeta import continual, fisher, memory, optim, penalty
 
 # Wide, because the right strength differs by ten decades between scenarios.
 DECADES = tuple(10.0**k for k in range(1, 14, 2))
@@ -22,18 +22,20 @@ class Recipe(NamedTuple):
     rate: of Adam, constant.
     batch_size: new rows a step; so many are replayed as well.
     memory_size: rows a memory holds.
+    tuning: what moves; everything by default.
   """
 
   bench: Bench
   rate: float
   batch_size: int
   memory_size: int
+  tuning: fmeta.Tuning | None = None
 
   def finetune(self, loss: Any = None, **options: Any) -> fmeta.Learner:
     """The step itself."""
     loss = self.bench.loss if loss is None else loss
     return fmeta.finetune(
-      loss, optim.adam(self.rate), tuning=self.bench.tuning, **options
+      loss, optim.adam(self.rate), tuning=self.tuning, **options
     )
 
   def mix(self, how: Callable) -> Callable:
@@ -64,6 +66,7 @@ class Row(NamedTuple):
     share: of a batch that is new; the rest of the compute is replay's.
     replayed: `recipe -> remembered rows a step`.
     at_once: trained on all tasks together.
+    tuning: name of what moves, where it is not the stream's own.
   """
 
   title: str
@@ -74,6 +77,7 @@ class Row(NamedTuple):
   share: float = 1.0
   replayed: Callable[[Recipe], int] = lambda recipe: 0
   at_once: bool = False
+  tuning: str = ''
 
   def new(self, recipe: Recipe) -> int:
     """Rows of the stream a step."""
@@ -86,6 +90,11 @@ def _plain(recipe: Recipe, strength: float) -> fmeta.Learner:
 
 def _ewc(recipe: Recipe, strength: float) -> fmeta.Learner:
   return recipe.finetune(penalty=penalty.ewc(strength))
+
+
+def _sampled_ewc(recipe: Recipe, strength: float) -> fmeta.Learner:
+  held = penalty.ewc(strength, fisher.sampled_fisher)
+  return recipe.finetune(penalty=held)
 
 
 def _online_ewc(recipe: Recipe, strength: float) -> fmeta.Learner:
@@ -190,6 +199,8 @@ ROWS = {
   'none': Row('none', _plain),
   'joint': Row('joint', _plain, at_once=True),
   'ewc': Row('EWC', _ewc, DECADES, **LOOKS),
+  # A pass per batch and not one per class: for many classes.
+  'sampled_ewc': Row('EWC, sampled Fisher', _sampled_ewc, DECADES, **LOOKS),
   'online_ewc': Row('online EWC', _online_ewc, DECADES, **LOOKS),
   'si': Row('SI', _si, (0.1, 1.0, 10.0, 100.0, 1e3), **TOLD),
   'mas': Row('MAS', _mas, (0.01, 0.1, 1.0, 10.0), **LOOKS),
@@ -208,11 +219,30 @@ ROWS = {
 }
 
 
-def check(names: tuple[str, ...]) -> None:
-  """Raises `UsageError` for a row that does not exist."""
-  for name in names:
-    if name not in ROWS:
-      raise fmeta.UsageError(f'no method {name!r}; possible: {", ".join(ROWS)}')
+def find(name: str, tunings: Collection[str] = ()) -> Row:
+  """A row by its name: a method, or a method with what moves.
+
+  `er@lora` is ER where the tuning called `lora` says what moves.
+
+  Args:
+    name: `method` or `method@tuning`.
+    tunings: names that an experiment has.
+
+  Raises:
+    UsageError: for a method or a tuning that does not exist.
+  """
+  method, at, tuning = name.partition('@')
+  if method not in ROWS:
+    raise fmeta.UsageError(f'no method {method!r}; possible: {", ".join(ROWS)}')
+  if not at:
+    return ROWS[method]
+  if tuning not in tunings:
+    raise fmeta.UsageError(
+      f'{name!r} names no tuning; possible: '
+      + (', '.join(f'{method}@{known}' for known in tunings) or method)
+    )
+  row = ROWS[method]
+  return row._replace(title=f'{row.title}, {tuning}', tuning=tuning)
 
 
 def check_sizes(row: Row, recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """What one would sweep in a table of methods, and what is no setting of it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -37,7 +37,22 @@ class Config:
   seed: Seeds = dataclasses.field(default_factory=Seeds)
   seeds: int = 5
   scenario: str = 'domain'
-  methods: tuple[str, ...] = tuple(rows.ROWS)
+  methods: tuple[str, ...] = (
+    'none',
+    'joint',
+    'ewc',
+    'online_ewc',
+    'si',
+    'mas',
+    'rwalk',
+    'lwf',
+    'er',
+    'er_matched',
+    'er_ace',
+    'der_plus_plus',
+    'a_gem',
+    'gem',
+  )
   sizes: tuple[int, ...] = (400, 400)
   iterations: int = 2000  # per task
   batch_size: int = 128
@@ -66,28 +81,35 @@ SMALL = {
 }
 
 
-def check(config: Config) -> None:
-  """Raises `UsageError` for what does not exist, before data are read."""
+def check(config: Config, tunings: Collection[str] = ()) -> None:
+  """Raises `UsageError` for what does not exist, before data are read.
+
+  Args:
+    config: of the experiment.
+    tunings: names after the `@` of a method.
+  """
   require(config, LEAST, ('rate',))
-  rows.check(config.methods)
+  for name in config.methods:
+    rows.find(name, tunings)
   if not config.methods:
     raise fmeta.UsageError(
       f'config.methods is empty; give some of {", ".join(rows.ROWS)}'
     )
-  strengths_of(config.strengths)
+  strengths_of(config.strengths, tunings)
   if config.scenario not in SCENARIOS:
     raise fmeta.UsageError(
       f'no scenario {config.scenario!r}; possible: {", ".join(SCENARIOS)}'
     )
 
 
-def strengths_of(given: Sequence[str]) -> dict[str, float]:
+def strengths_of(
+  given: Sequence[str], tunings: Collection[str] = ()
+) -> dict[str, float]:
   """`method:value` of a config as numbers."""
   found = {}
   for item in given:
     name, _, value = item.partition(':')
-    rows.check((name,))
-    if not rows.ROWS[name].grid:
+    if not rows.find(name, tunings).grid:
       with_one = [key for key, row in rows.ROWS.items() if row.grid]
       raise fmeta.UsageError(
         f'{name!r} has no strength; possible: {", ".join(with_one)}'

@@ -6,7 +6,8 @@ rows. The whole grid is printed.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class Table:
     held_out: share of the training rows, the last, that a search validates on.
     bench_of: `(splits, order) -> Bench`; the order of the tasks is a number.
     reorders: whether each seed has an order of its own.
+    tunings: what moves in a row called `method@name`.
   """
 
   def __init__(
@@ -46,16 +48,22 @@ class Table:
     held_out: float,
     bench_of: Callable[[Splits, int], Bench],
     reorders: bool = False,
+    tunings: Mapping[str, fmeta.Tuning] = MappingProxyType({}),
   ):
     self.config, self.context, self.splits = config, context, splits
-    self.held_out, self.bench_of = held_out, bench_of
-    self.given = strengths_of(config.strengths)
+    self.held_out, self.bench_of, self.tunings = held_out, bench_of, tunings
+    self.given = strengths_of(config.strengths, tunings)
     self.reorders, self.bench = reorders, bench_of(splits, 0)
     start = jax.eval_shape(self.bench.start, jax.random.key(0))
     self.parameters = fmeta.tree.size(start)
     self._order = 0
     for name in config.methods:  # Not after hours of the rows before.
-      rows.check_sizes(rows.ROWS[name], self.recipe(self.bench))
+      row = self.row(name)
+      rows.check_sizes(row, self.recipe(self.bench, row))
+
+  def row(self, name: str) -> rows.Row:
+    """A method, perhaps with what moves."""
+    return rows.find(name, self.tunings)
 
   def bench_of_seed(self, seed: int) -> Bench:
     """The stream that a seed moves through."""
@@ -63,29 +71,30 @@ class Table:
       self._order, self.bench = seed, self.bench_of(self.splits, seed)
     return self.bench
 
-  def recipe(self, bench: Bench) -> rows.Recipe:
-    """What all rows share."""
+  def recipe(self, bench: Bench, row: rows.Row) -> rows.Recipe:
+    """What all rows share, and what moves in this one."""
     config = self.config
+    tuning = self.tunings[row.tuning] if row.tuning else bench.tuning
     return rows.Recipe(
-      bench, config.rate, config.batch_size, config.memory_size
+      bench, config.rate, config.batch_size, config.memory_size, tuning
     )
 
   def fit(
     self, bench: Bench, name: str, strength: float, seed: int
   ) -> train.Fitted:
     """Moves through a stream once."""
-    config, row = self.config, rows.ROWS[name]
-    learner = row.learner(self.recipe(bench), strength)
+    config, row = self.config, self.row(name)
+    learner = row.learner(self.recipe(bench, row), strength)
     key = jax.random.key(config.seed.init + seed)
     last = len(bench.tasks.train) - 1
     return train.fit(
       learner,
-      learner.init(bench.start(key), key),
+      learner.init(bench.start(key), key, bench.model_state),
       self.stages(bench, row, config.seed.data + seed),
       jax.random.key(config.seed.train + seed),
       forward=bench.answers,
       after_stage=lambda params, state, stage: bench.accuracies(
-        params, last if row.at_once else stage
+        params, state, last if row.at_once else stage
       ),
       steps_per_dispatch=config.steps_per_dispatch,
       log_every=config.iterations,
@@ -97,7 +106,7 @@ class Table:
   def stages(self, bench: Bench, row: rows.Row, seed: int) -> list[train.Stage]:
     """One per task, or one with all their steps."""
     config, tasks = self.config, bench.tasks.train
-    size = row.new(self.recipe(bench))
+    size = row.new(self.recipe(bench, row))
     if row.at_once:
       batches = bench.batches(range(len(tasks)), size, seed)
       return [train.Stage('all', batches, config.iterations * len(tasks))]
@@ -123,7 +132,7 @@ class Table:
     Raises:
       UsageError: if all of them did.
     """
-    row = rows.ROWS[name]
+    row = self.row(name)
     if name in self.given or not row.grid:
       return self.given.get(name, 0.0), {}
     whole = self.splits['train']
@@ -156,8 +165,8 @@ class Table:
     """The whole stream with one seed."""
 
     def run():
-      bench, row = self.bench_of_seed(seed), rows.ROWS[name]
-      recipe = self.recipe(bench)
+      bench, row = self.bench_of_seed(seed), self.row(name)
+      recipe = self.recipe(bench, row)
       fitted = self.fit(bench, name, strength, seed)
       cost = metrics.cost_of(
         fitted, row.new(recipe) + row.replayed(recipe), self.parameters
@@ -165,7 +174,8 @@ class Table:
       answers = {}
       if self.reorders:  # The test rows are then what runs have in common.
         last = len(bench.tasks.test) - 1
-        correct = bench.correct(fitted.params, last)
+        state = fitted.state.model_state
+        correct = bench.correct(fitted.params, state, last)
         answers['correct'] = by_label(bench.tasks.test, correct)
       return {
         **answers,
@@ -186,7 +196,7 @@ class Table:
     """A row: what was chosen, and a run per seed."""
     strength, tried = self.choose(name)
     if tried:
-      edge = _at_an_edge(strength, rows.ROWS[name].grid)
+      edge = _at_an_edge(strength, self.row(name).grid)
       print(f'{name}: validation by strength {tried}{edge}', flush=True)
     runs = []
     for seed in range(self.config.seeds):
@@ -196,7 +206,7 @@ class Table:
         f'{name}, seed {seed}: {average:.2f} % in {runs[-1]["seconds"]:.0f} s',
         flush=True,
       )
-    return Measured(rows.ROWS[name], strength, runs)
+    return Measured(self.row(name), strength, runs)
 
 
 def _at_an_edge(strength: float, grid: Sequence[float]) -> str:

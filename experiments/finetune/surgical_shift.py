@@ -25,14 +25,13 @@ measured: experiments/README.md.
 """
 
 import dataclasses
-import os
-import pathlib
 
 import numpy as np
 
 from experiments.common import Seeds
 from experiments.finetune import shift_trials, shifts
 from experiments.finetune.shift_trials import BLOCKS, NONE, open_bench
+from experiments.resnets import checkpoint_of
 from fmeta import metrics, tree
 from fmeta.errors import UsageError, suggest
 from fmeta.scores import Scores
@@ -74,24 +73,6 @@ SMALL = {
   'test_examples': 32,
   'explained': 0,
 }
-
-
-def checkpoint_of(config: Config, context: Context) -> pathlib.Path:
-  """Where the weights are.
-
-  Raises:
-    UsageError: if neither a file nor a folder was named.
-  """
-  if config.checkpoint:
-    return pathlib.Path(config.checkpoint)
-  folder = context.data_dir or os.environ.get('FMETA_DATA_DIR')
-  if not folder:
-    raise UsageError(
-      'the weights are not known; give --data_dir=DIR with checkpoints/ and '
-      'cifar10/ in it, or --config.checkpoint=FILE'
-    )
-  name = f'cifar10_resnet{config.depth}.safetensors'
-  return pathlib.Path(folder) / 'checkpoints' / name
 
 
 def check(config: Config) -> None:
@@ -170,7 +151,7 @@ def tested_on(bench: shift_trials.Bench, name: str) -> str:
 def run(config: Config, context: Context) -> dict:
   """Trains every row under every shift and prints a table."""
   check(config)
-  path = checkpoint_of(config, context)
+  path = checkpoint_of(config.depth, config.checkpoint, context)
   bench = open_bench(config, context, path)
   means, ci95, kept, hits = {}, {}, {}, []
   for name in config.shifts:

@@ -14,6 +14,8 @@ import json
 import os
 import pathlib
 import tarfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -36,7 +38,7 @@ CLASSES = (
 )
 SIDE = 32
 _TAR = 'cifar-10-binary.tar.gz'
-_ROW = 1 + 3 * SIDE * SIDE  # a label, then the red, green and blue planes
+PLANES = 3 * SIDE * SIDE  # red, green and blue, after the labels of a row
 _COLUMNS = 100
 
 
@@ -62,25 +64,33 @@ class Cifar10(base.Dataset):
 
   def rows(self, files):
     """Five files of training images, one of test images."""
-    train = [f'data_batch_{k}.bin' for k in range(1, 6)]
+    folder = 'cifar-10-batches-bin'
+    train = [f'{folder}/data_batch_{k}.bin' for k in range(1, 6)]
     return {
-      'train': _rows(files[_TAR], train),
-      'test': _rows(files[_TAR], ['test_batch.bin']),
+      'train': binary_rows(files[_TAR], train),
+      'test': binary_rows(files[_TAR], [f'{folder}/test_batch.bin']),
     }
 
 
-def _rows(path: pathlib.Path, names: list[str]):
+def binary_rows(
+  path: pathlib.Path, names: list[str], labels: int = 1
+) -> Iterator[dict[str, Any]]:
+  """The images of some members of a tar file, see `read_binary`."""
   with tarfile.open(path) as archive:
     for name in names:
-      member = archive.extractfile(f'cifar-10-batches-bin/{name}')
+      member = archive.extractfile(name)
       assert member is not None  # The checksum has been compared.
-      images, labels = read_binary(member.read())
-      for image, label in zip(images, labels, strict=True):
+      images, found = read_binary(member.read(), labels)
+      for image, label in zip(images, found, strict=True):
         yield {'image': image, 'label': int(label)}
 
 
-def read_binary(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes rows of one label byte and three planes of 32x32 bytes.
+def read_binary(raw: bytes, labels: int = 1) -> tuple[np.ndarray, np.ndarray]:
+  """Decodes rows of label bytes and three planes of 32x32 bytes.
+
+  Args:
+    raw: the rows.
+    labels: label bytes of a row; the last is the finest and is taken.
 
   Returns:
     Images uint8 [N, 32, 32, 3] and labels uint8 [N].
@@ -88,13 +98,14 @@ def read_binary(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     UsageError: if the bytes are not a whole number of rows.
   """
-  if not raw or len(raw) % _ROW:
+  size = labels + PLANES
+  if not raw or len(raw) % size:
     raise UsageError(
-      f'{len(raw)} bytes are no rows of {_ROW}; fetch {_TAR} again'
+      f'{len(raw)} bytes are no rows of {size}; fetch the tar file again'
     )
-  rows = np.frombuffer(raw, np.uint8).reshape(-1, _ROW)
-  planes = rows[:, 1:].reshape(-1, 3, SIDE, SIDE)
-  return planes.transpose(0, 2, 3, 1), rows[:, 0]
+  rows = np.frombuffer(raw, np.uint8).reshape(-1, size)
+  planes = rows[:, labels:].reshape(-1, 3, SIDE, SIDE)
+  return planes.transpose(0, 2, 3, 1), rows[:, labels - 1]
 
 
 def read_mosaic(path: pathlib.Path) -> base.Columns:
@@ -144,16 +155,32 @@ def load(
   Raises:
     UsageError: if a file is altered, or neither there nor to be downloaded.
   """
+  return load_either(Cifar10, data_dir, cache_dir)
+
+
+def load_either(
+  builder_of: type[base.Dataset],
+  data_dir: base.PathLike | None,
+  cache_dir: base.PathLike | None,
+) -> dict[str, base.Columns]:
+  """A folder of mosaics if there is one, else what a builder makes.
+
+  Args:
+    builder_of: `(data_dir, cache_dir) -> builder`; the mosaics' folder has
+      its name.
+    data_dir: as for `load`.
+    cache_dir: as for `load`.
+  """
   given = data_dir or os.environ.get('FMETA_DATA_DIR')
   folder = pathlib.Path(given).expanduser() if given else None
-  mosaic = base.find(folder, 'cifar10', 'train.webp')
+  mosaic = base.find(folder, builder_of.name, 'train.webp')
   if mosaic is not None:
     splits = {
       name: read_mosaic(mosaic.with_name(f'{name}.webp'))
       for name in ('train', 'test')
     }
   else:
-    splits = base.load(Cifar10(data_dir, cache_dir))
+    splits = base.load(builder_of(data_dir, cache_dir))
   for columns in splits.values():
     columns['image'] = columns['image'].astype(np.float32) / 255
   return splits

@@ -118,14 +118,14 @@ class ResNet(nn.Module):
 
   Attributes:
     depth: 6 n + 2; 20, 32, 44, 56 and 110 are the paper's.
-    num_classes: of the head.
+    num_classes: of the head; None: no head, calls return features.
     width: filters of the first stage; 16 in the paper.
     mean: subtracted from each channel.
     std: each channel is divided by it.
   """
 
   depth: int = 20
-  num_classes: int = 10
+  num_classes: int | None = 10
   width: int = 16
   mean: tuple[float, ...] = (0.0, 0.0, 0.0)
   std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -139,10 +139,12 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, image: Array, *, deterministic: bool = True) -> Array:
-    """[B, H, W, 3] in [0, 1] -> logits [B, num_classes]."""
+    """[B, H, W, 3] in [0, 1] -> logits [B, num_classes] or [B, 4 * width]."""
     shape = (1, 1, 1, -1)
     mean = jnp.asarray(self.mean, image.dtype).reshape(shape)
     std = jnp.asarray(self.std, image.dtype).reshape(shape)
     body = Body((self.depth - 2) // 6, self.width, name='body')
     x = body((image - mean) / std, deterministic)
+    if self.num_classes is None:
+      return x
     return nn.Dense(self.num_classes, name='head')(x)

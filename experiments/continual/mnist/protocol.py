@@ -7,11 +7,10 @@ every task. Pixels are bytes on the device, in the memory too.
 
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-import fmeta
 from experiments.continual.bench import Bench, Labelled, Scenario
+from experiments.continual.images import as_bytes, scaled
 from fmeta import data, models, stream
 from fmeta.datasets import mnist
 from fmeta.models import Mlp
@@ -27,12 +26,6 @@ def load(context: Context, train: int, test: int) -> Splits:
     name: as_bytes(data.take(splits[name], slice(count)))
     for name, count in counts.items()
   }
-
-
-def as_bytes(columns: data.Columns) -> data.Columns:
-  """Images in [0, 1] as bytes; exact, MNIST has 256 levels."""
-  image = np.round(columns['image'] * 255).astype(np.uint8)
-  return {'image': image, 'label': columns['label'].astype(np.int32)}
 
 
 def split_tasks(
@@ -87,13 +80,3 @@ def bench_of(
     )
 
   return make
-
-
-def scaled(forward: fmeta.Forward) -> fmeta.Forward:
-  """A forward pass of images given as bytes."""
-
-  def of_bytes(params, model_state, batch, rng):
-    image = jnp.asarray(batch['image'], jnp.float32) / 255
-    return forward(params, model_state, {**batch, 'image': image}, rng)
-
-  return of_bytes
