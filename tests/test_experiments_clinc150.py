@@ -63,6 +63,11 @@ def test_frozen_and_trained_rows_share_a_table(
     assert first['tasks'] != second['tasks']
   # A block of two and the head move, the table of words does not.
   assert result['trainable_parameters'] < result['total_parameters'] / 10
+  # As many remembered rows as new ones cost as much again; LoRA forms no
+  # full-size weight gradient.
+  spent = [result['metrics'][f'{k} compute'] for k in ('none', 'er')]
+  assert 1.5 < spent[1] / spent[0] < 2.1
+  assert result['metrics']['none@lora compute'] == 1
   low, high = result['ci95']['none minus nearest mean, frozen']
   assert low < result['metrics']['none minus nearest mean, frozen'] < high
   assert 'intervals over test rows' in ' '.join(capsys.readouterr().out.split())

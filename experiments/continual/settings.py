@@ -24,6 +24,7 @@ LEAST = dict.fromkeys(
     'test_examples',
     'tasks',
     'blocks',
+    'rank',
     'random_features',
   ),
   1,

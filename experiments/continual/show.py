@@ -18,7 +18,7 @@ from fmeta import data, metrics, report
 def shown(
   name: str,
   measured: Measured,
-  published: float | None,
+  more: Mapping[str, float | None],
   reference: Measured | None,
 ) -> tuple[report.Row, dict[str, float], dict[str, tuple[float, float]]]:
   """The table's row, its numbers and their intervals."""
@@ -45,12 +45,22 @@ def shown(
     baseline=reference is None,
     ceiling=row.at_once,
     difference=difference,
-    more={
-      'published': published,
-      'forgetting': learned.get('forgetting (Chaudhry)'),
-    },
+    more={**more, 'forgetting': learned.get('forgetting (Chaudhry)')},
   )
   return made, numbers, ci95
+
+
+def compute_of(measured: Mapping[str, Measured]) -> dict[str, float]:
+  """FLOPs of a row's training steps over those of the cheapest trained row.
+
+  What a task's end computes is not among them.
+  """
+  spent = {
+    name: found.runs[0]['steps'] * found.runs[0]['flops_per_step']
+    for name, found in measured.items()
+    if found.runs[0].get('flops_per_step')
+  }
+  return {name: flops / min(spent.values()) for name, flops in spent.items()}
 
 
 def run(
@@ -73,13 +83,19 @@ def run(
   config, measured = table.config, dict(more or {})
   for name in config.methods:
     measured[name] = table.measure(name)
-  first = next(iter(measured))
+  first, compute = next(iter(measured)), compute_of(measured)
   made, numbers, ci95, matrices = [], {}, {}, {}
   for name, found in measured.items():
     against = None if name == first else measured[first]
-    row, values, ends = shown(name, found, published.get(name), against)
+    # A terminal has no room for both; the page and result.json have both.
+    beside = {'compute': compute.get(name)}
+    if published:
+      beside = {'published': published.get(name)}
+    row, values, ends = shown(name, found, beside, against)
     made.append(row)
     numbers, ci95 = numbers | values, ci95 | ends
+    if name in compute:
+      numbers[f'{name} compute'] = compute[name]
     if not found.row.at_once:
       every = [metrics.accuracy_matrix(r['matrix']) for r in found.runs]
       matrices[row.name] = np.mean(every, axis=0)
@@ -100,7 +116,13 @@ def run(
     + f'{config.iterations} iterations a task, batches of '
     f'{config.batch_size}, Adam {config.rate:g}; memory of '
     f'{config.memory_size} rows; importance over {config.fisher_examples} '
-    'rows of a task',
+    'rows of a task'
+    + (
+      ''
+      if published
+      else '; compute: FLOPs of the steps over those of the cheapest row that '
+      'trains'
+    ),
     report.stream(made, matrices, names) if matrices else None,
     metric='average accuracy',
     reference=measured[first].row.title if measured else None,
