@@ -125,13 +125,15 @@ def stream(
 
   Args:
     rows: `Row`s; `more['forgetting']` is drawn where it is a number.
-    matrices: title -> [T, T], at most four are readable.
+    matrices: title -> [T, T], four in a line.
     tasks: names of the T tasks in order.
     metric: label of `Row.value`.
   """
   with style.house():
     top = 0.9 + 0.42 * len(rows)
-    bottom = 3.0 if matrices else 0.0
+    across = max(1, min(4, len(matrices)))
+    lines = -(-len(matrices) // across)
+    bottom = 3.0 * lines
     figure = Figure((style.WIDTH, top + bottom), layout='constrained')
     parts = figure.subfigures(
       2 if matrices else 1,
@@ -153,10 +155,13 @@ def stream(
     )
     if matrices:
       scale = _scale(matrices.values())
-      grid = parts[1].subplots(1, len(matrices), squeeze=False)[0]
+      grid = parts[1].subplots(lines, across, squeeze=False).ravel()
+      cell = (style.WIDTH - 1.0) / across / (len(tasks) + 0.5)
       for i, (name, matrix) in enumerate(matrices.items()):
-        cell = (style.WIDTH - 1.0) / len(matrices) / (len(tasks) + 0.5)
-        _draw_matrix(grid[i], matrix, tasks, name, scale, i == 0, cell)
+        first = i % across == 0
+        _draw_matrix(grid[i], matrix, tasks, name, scale, first, cell)
+      for axes in grid[len(matrices) :]:
+        axes.set_axis_off()
     alt = [bars_alt(rows, metric), _forgetting_alt(rows)]
     alt += [_matrix_alt(matrices)] if matrices else []
     return style.picture(figure, ' '.join(alt))
