@@ -70,6 +70,17 @@ def test_matrices_share_one_scale_and_fit_the_page():
     report.heatmaps({}, TASKS)
 
 
+def test_matrices_below_the_bars_stand_four_on_a_line():
+  rows = [report.Row(f'method {k}', 0.5) for k in range(14)]
+  tall = {}
+  for count in (4, 5, 14):
+    many = {row.name: STREAM for row in rows[:count]}
+    # Too little room for a matrix is a warning, and so an error here.
+    picture = report.stream(rows, many, TASKS)
+    wide, tall[count] = size_of(picture.png)
+  assert tall[5] - tall[4] == (tall[14] - tall[5]) / 2 > wide / 4
+
+
 def test_looks_of_thirty_six_lines_differ_and_the_first_are_the_house_style():
   looks = [style.look(k) for k in range(36)]
   assert len(set(looks)) == 36

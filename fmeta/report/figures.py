@@ -105,7 +105,7 @@ def _draw_bar(axes, place, value, row, colour) -> None:
 
 def _limits(axes: Axes, values: Sequence[float], room: float) -> None:
   """From zero, since lengths are compared, with room for the numbers."""
-  low, high = 100 * min(0.0, *values), 100 * max(0.01, *values)
+  low, high = 100 * min([0.0, *values]), 100 * max([0.01, *values])
   axes.set_xlim(low * 1.15, high + room * (high - low))
   axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
   if low < 0:
