@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from test_resnet import tensors_of
 
 from experiments import run as job
-from experiments.continual import cifar100, rows
+from experiments.continual import cifar100, rows, table
 from fmeta import tree
 from fmeta.datasets import cifar100 as dataset
 from fmeta.models import ResNet
@@ -166,6 +166,22 @@ def test_an_order_is_a_partition_of_the_classes_and_moves_images_with_it(held):
   assert (drawn[0].allowed != drawn[1].allowed).any()
 
 
+def test_a_tuning_may_have_a_rate_of_its_own(held, tmp_path):
+  made = table.Table(
+    held.config,
+    Context(tmp_path),
+    held.splits,
+    0.1,
+    held.bench,
+    tunings=cifar100.tunings(held.config),
+  )
+  rates = {
+    name: made.recipe(made.bench, made.row(name)).rate
+    for name in ('none', 'er@lora', 'er@norms')
+  }
+  assert rates == {'none': 3e-4, 'er@lora': 1e-3, 'er@norms': 3e-4}
+
+
 def test_a_row_is_a_method_and_what_moves():
   row = rows.find('er@lora', ('lora',))
   assert row == rows.ROWS['er']._replace(title='ER, lora', tuning='lora')
@@ -179,8 +195,11 @@ def test_a_row_is_a_method_and_what_moves():
     ('--config.methods=nome@lora', "no method 'nome'"),
     ('--config.methods=none@', "'none@' names no tuning"),
     ('--config.strengths=er@lora:3', "'er@lora' has no strength"),
+    ('--config.rates=lra:1', "rate 'lra:1' names no tuning"),
+    ('--config.rates=lora:x', "rate 'lora:x'; give tuning:number"),
+    ('--config.rates=lora:0', "rate 'lora:0'; give a number above 0"),
     ('--config.frozen=sdla', "no frozen row 'sdla'"),
-    ('--config.rank=0', 'lora rank 0'),
+    ('--config.rank=0', 'config.rank is 0'),
     ('--config.checkpoint=x.safetensors', 'no weights at'),
   ],
 )

@@ -60,6 +60,7 @@ class Config:
   rate: float = 1e-3
   memory_size: int = 500
   fisher_examples: int = 1000  # first images of a task
+  rates: tuple[str, ...] = ()  # `tuning:value` instead of `rate`
   # `method:value` instead of a search.
   strengths: tuple[str, ...] = ()
   steps_per_dispatch: int = 250
@@ -97,6 +98,7 @@ def check(config: Config, tunings: Collection[str] = ()) -> None:
       f'config.methods is empty; give some of {", ".join(rows.ROWS)}'
     )
   strengths_of(config.strengths, tunings)
+  rates_of(config.rates, tunings)
   if config.scenario not in SCENARIOS:
     raise fmeta.UsageError(
       f'no scenario {config.scenario!r}; possible: {", ".join(SCENARIOS)}'
@@ -115,12 +117,35 @@ def strengths_of(
       raise fmeta.UsageError(
         f'{name!r} has no strength; possible: {", ".join(with_one)}'
       )
-    try:
-      found[name] = float(value)
-    except ValueError:
-      found[name] = np.nan
-    if not 0 <= found[name] < np.inf:
+    found[name] = _number(item, value, 'strength', 'method:number')
+  return found
+
+
+def rates_of(
+  given: Sequence[str], tunings: Collection[str] = ()
+) -> dict[str, float]:
+  """`tuning:value` of a config as numbers."""
+  found = {}
+  for item in given:
+    name, _, value = item.partition(':')
+    if name not in tunings:
       raise fmeta.UsageError(
-        f'strength {item!r}; give method:number, for example ewc:1e5'
+        f'rate {item!r} names no tuning; possible: '
+        + (', '.join(tunings) or 'none here, give --config.rate')
       )
+    found[name] = _number(item, value, 'rate', 'tuning:number')
+    if not found[name]:
+      raise fmeta.UsageError(f'rate {item!r}; give a number above 0')
+  return found
+
+
+def _number(item: str, value: str, what: str, form: str) -> float:
+  try:
+    found = float(value)
+  except ValueError:
+    found = np.nan
+  if not 0 <= found < np.inf:
+    raise fmeta.UsageError(
+      f'{what} {item!r}; give {form}, for example {form.partition(":")[0]}:1e-3'
+    )
   return found

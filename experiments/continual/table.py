@@ -18,7 +18,7 @@ from experiments.common import best_setting, placement, trial
 from experiments.continual import rows
 from experiments.continual.bench import Bench, by_label
 from experiments.continual.measured import Measured
-from experiments.continual.settings import Config, strengths_of
+from experiments.continual.settings import Config, rates_of, strengths_of
 from fmeta import data, metrics, train
 from fmeta.workdir import Context
 
@@ -53,6 +53,7 @@ class Table:
     self.config, self.context, self.splits = config, context, splits
     self.held_out, self.bench_of, self.tunings = held_out, bench_of, tunings
     self.given = strengths_of(config.strengths, tunings)
+    self.rates = rates_of(config.rates, tunings)
     self.reorders, self.bench = reorders, bench_of(splits, 0)
     start = jax.eval_shape(self.bench.start, jax.random.key(0))
     self.parameters = fmeta.tree.size(start)
@@ -75,8 +76,9 @@ class Table:
     """What all rows share, and what moves in this one."""
     config = self.config
     tuning = self.tunings[row.tuning] if row.tuning else bench.tuning
+    rate = self.rates.get(row.tuning, config.rate)
     return rows.Recipe(
-      bench, config.rate, config.batch_size, config.memory_size, tuning
+      bench, rate, config.batch_size, config.memory_size, tuning
     )
 
   def fit(
