@@ -104,10 +104,22 @@ def test_windowed_plasticity_is_the_steepest_rise_within_a_window():
     np.array([[0.5], [0.1], [0.3], [0.9]]),
     np.array([4]),
   )
-  # .3 to .9; .1 to .9, although .5 was higher before it.
+  # .3 to .9; .1 to .9, although .5 before it was higher than .1.
   assert metrics.windowed_plasticity(slow, 2) == pytest.approx(0.6)
   assert metrics.windowed_plasticity(slow, 3) == pytest.approx(0.8)
   assert metrics.windowed_forgetting(slow, 2) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+  ('values', 'rise', 'fall'),
+  [([0.5, 0.1, 0.9], 0.8, 0.4), ([0.9, 0.1, 0.5], 0.4, 0.8)],
+)
+def test_a_rise_begins_at_a_low_and_a_fall_at_a_high(values, rise, fall):
+  curves = metrics.Curves(
+    np.arange(1, 4), np.array(values)[:, None], np.array([3])
+  )
+  assert metrics.windowed_plasticity(curves, 3) == pytest.approx(rise)
+  assert metrics.windowed_forgetting(curves, 3) == pytest.approx(fall)
 
 
 def test_windows_count_evaluations_of_the_task_and_skip_missing_ones():
