@@ -50,7 +50,7 @@ def over_seeds(
   - `step` and `gradient`: the batch and the root keys. Metrics are means over
     seeds, so that one diverged seed stops a run; `seed_<k>/loss` is seed k's.
     Outputs are stacked, the weight is the sum.
-  - `end_task`: batches and keys; `forward` as for one.
+  - `begin_task` and `end_task`: batches and keys; `forward` as for one.
 
   `fmeta.train.fit` takes it with the keys [number] as `rng`. Its `after_stage`
   and `evaluate` then get stacked parameters and model state; patience and the
@@ -85,15 +85,7 @@ def over_seeds(
     first = _first((params, rng, model_state), (own, 0, 0))
     made = jax.eval_shape(learner.init, *first)
     start = jax.vmap(learner.init, (own, 0, 0), axes(made.frozen))
-    try:
-      return start(params, rng, model_state)
-    except ValueError as error:
-      if 'out_axes' not in str(error):
-        raise
-      raise UsageError(
-        f'a frozen leaf that {list(shared)} names differs between seeds; take '
-        'it out of `shared` and give `init` one of each seed'
-      ) from error
+    return _alike(start, shared, params, rng, model_state)
 
   def step(state, batch, rng):
     _check_stacked(number, (batch, rng), (batch_axis, 0))
@@ -106,15 +98,18 @@ def over_seeds(
   def params(state):
     return mapped(learner.params, state)
 
-  def end_task(state, forward, batches, rng):
-    _check_stacked(number, (list(batches), rng), (batch_axis, 0))
-    fixed = axes(state.frozen)
+  def between(act):
+    def acted(state, forward, batches, rng):
+      _check_stacked(number, (list(batches), rng), (batch_axis, 0))
+      fixed = axes(state.frozen)
+      each = jax.vmap(
+        lambda state, batches, rng: act(state, forward, batches, rng),
+        (fixed, batch_axis, 0),
+        fixed,
+      )
+      return _alike(each, shared, state, list(batches), rng)
 
-    def end(state, batches, rng):
-      return learner.end_task(state, forward, batches, rng)
-
-    end = jax.vmap(end, (fixed, batch_axis, 0), fixed)
-    return end(state, list(batches), rng)
+    return acted
 
   def gradient(state, batch, rng):
     return mapped(learner.gradient, state, batch, rng, where=(batch_axis, 0))
@@ -125,8 +120,9 @@ def over_seeds(
     params=params,
     # Merged: adapters enter the activations of one model, not of several.
     using=lambda state: nullcontext(params(state)),
-    end_task=end_task,
+    end_task=between(learner.end_task),
     gradient=gradient,
+    begin_task=between(learner.begin_task),
   )
 
 
@@ -183,6 +179,19 @@ def matrices(
       )
   parts = [np.reshape(row, (number, -1)).tolist() for row in rows]
   return [[part[seed] for part in parts] for seed in range(number)]
+
+
+def _alike(fun: Callable, shared: Sequence[str], *args: Any) -> TrainState:
+  """`fun(*args)` of seeds that share frozen leaves, and go on sharing them."""
+  try:
+    return fun(*args)
+  except ValueError as error:
+    if 'out_axes' not in str(error):
+      raise
+    raise UsageError(
+      f'a frozen leaf that {list(shared)} names differs between seeds; take it '
+      'out of `shared` and give `init` one of each seed'
+    ) from error
 
 
 def _axis(name: str, shared: Sequence[str]) -> int | None:

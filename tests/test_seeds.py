@@ -264,6 +264,54 @@ def test_a_phase_that_thaws_passes_over_all_seeds():
   assert_close(expected.state, one_seed(found.state, 1), 'seed 1', TO_ROUNDING)
 
 
+def jolted(**options):
+  """Only the head moves, but a task's beginning moves the body."""
+
+  def begin(state, forward, batches, rng):
+    shift = batches[0]['x'].mean() + jax.random.normal(rng)
+    return state.replace(
+      frozen=jax.tree.map(lambda x: x + 0.1 * shift, state.frozen)
+    )
+
+  single = zoo.finetune(tuning=fmeta.select('head/.*'))
+  single = single._replace(begin_task=begin)
+  return single, over_seeds(single, SEEDS, **options)
+
+
+def test_what_a_task_begins_with_is_each_seeds_own():
+  single, learner = jolted()
+  sources = [functools.partial(batch, k, 0) for k in range(SEEDS)]
+
+  def run(taken, params, keys, batches):
+    stage = train.Stage('task', batches, 2, prepare=[batches(0)])
+    state = taken.init(params, keys)
+    return train.fit(
+      taken, state, [stage], keys, forward=zoo.FORWARD, quiet=True
+    ).state
+
+  found = run(learner, jax.vmap(start)(ROOTS), ROOTS, abreast(sources))
+  for k in range(SEEDS):
+    alone = run(single, start(ROOTS[k]), ROOTS[k], sources[k])
+    assert_close(alone, one_seed(found, k), f'seed {k}', TO_ROUNDING)
+
+
+def test_an_end_of_a_task_hands_frozen_leaves_on():
+  learner = over_seeds(
+    zoo.finetune(tuning=fmeta.select('head/.*')), SEEDS, shared=('.*/bias',)
+  )
+  params = fmeta.tree.map_with_name(
+    lambda n, x: x if n.endswith('bias') else jnp.stack([x] * SEEDS),
+    zoo.PARAMS,
+  )
+  state = learner.init(params, ROOTS)
+  after = learner.end_task(state, zoo.FORWARD, [], ROOTS)
+  leaves = zip(
+    jax.tree.leaves(state.frozen), jax.tree.leaves(after.frozen), strict=True
+  )
+  # By identity: `fit` writes leaves that a task's end has changed anew.
+  assert [a is b for a, b in leaves] == [True] * 4
+
+
 def test_a_diverged_seed_stops_the_run_and_is_named():
   learner = over_seeds(zoo.finetune(), SEEDS)
 
@@ -301,6 +349,8 @@ def test_what_cannot_lie_side_by_side_is_refused():
   drawn = zoo.finetune(tuning=of_its_own_key())
   state = learner.init(params, ROOTS)
   whole = batch(0, 0, 0)
+  rows = abreast([functools.partial(batch, k, 0) for k in range(SEEDS)])(0)
+  disagreeing = jolted(shared=('body/.*',))[1]
   cases = [
     ('0 seeds', lambda: over_seeds(single, 0)),
     ('batch_axis=1', lambda: over_seeds(single, 2, batch_axis=1)),
@@ -319,6 +369,10 @@ def test_what_cannot_lie_side_by_side_is_refused():
     (
       'differs between seeds',
       lambda: over_seeds(drawn, SEEDS, shared=('body/.*',)).init(params, ROOTS),
+    ),
+    (
+      'differs between seeds',
+      lambda: disagreeing.begin_task(state, zoo.FORWARD, [rows], ROOTS),
     ),
     ('row 1 has 3 accuracies', lambda: matrices([[1, 2], [1, 2, 3]], 2)),
   ]
