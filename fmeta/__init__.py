@@ -32,6 +32,7 @@ from fmeta.per_leaf import adamw_per_leaf, per_leaf
 from fmeta.phases import Phase, chain_thaw, gradual_unfreezing, lp_ft, phases
 from fmeta.regularise import r_drop
 from fmeta.retune import retune
+from fmeta.seeds import over_seeds
 from fmeta.sharpness import sharpness_aware
 from fmeta.surgical import auto_rates, auto_surgical
 from fmeta.tuning import full, select
@@ -89,6 +90,7 @@ __all__ = (
   'mixup',
   'no_penalty',
   'norm_tuning',
+  'over_seeds',
   'per_leaf',
   'phases',
   'pissa',

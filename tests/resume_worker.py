@@ -5,7 +5,8 @@
 Runs uninterrupted in FOLDER/whole, then in FOLDER/killed one process after
 the other, each resuming from where the last one died. A death by `step` comes
 when that step has been logged, one by `save` when that step's checkpoint is
-written but not yet committed. Prints the exit statuses.
+written but not yet committed, one by `look` inside the importance pass of that
+task. Prints the exit statuses.
 """
 
 import json
@@ -79,14 +80,41 @@ def setting(regime):
   if regime == 'phases':
     # The head freezes in the second phase and thaws in the third.
     return in_phases(loss)
-  learner = fmeta.rehearse(
-    fmeta.finetune(loss, optax.adam(1e-2), penalty=fmeta.ewc(5.0)),
-    fmeta.reservoir(12, {k: v[0] for k, v in rows(0, 0, 1).items()}),
-    4,
-  )
+  return stream(loss, regime)
+
+
+class Looked(list):
+  """What an importance pass reads of a task, batch after batch."""
+
+  die_in = {}  # task -> signal
+
+  def __init__(self, task, batches):
+    super().__init__(batches)
+    self.task = task
+
+  def __iter__(self):
+    for number, batch in enumerate(list.__iter__(self)):
+      if number == 1 and self.task in self.die_in:
+        os.kill(os.getpid(), self.die_in[self.task])
+      yield batch
+
+
+def stream(loss, method):
+  penalty = fmeta.ewc(5.0) if method == 'ewc' else None
+  learner = fmeta.finetune(loss, optax.adam(1e-2), penalty=penalty)
+  if method == 'er':
+    spec = {k: v[0] for k, v in rows(0, 0, 1).items()}
+    learner = fmeta.rehearse(learner, fmeta.reservoir(12, spec), 4)
+
+  def seen(t):
+    return Looked(t, [rows(20 + t, i, 6) for i in range(2)])
+
   stages = [
     train.Stage(
-      f'task_{t}', lambda i, t=t: rows(20 + t, i, 6), 7, [rows(20 + t, 0, 6)]
+      f'task_{t}',
+      lambda i, t=t: rows(20 + t, i, 6),
+      7,
+      seen(t) if method == 'ewc' else (),
     )
     for t in range(2)
   ]
@@ -143,9 +171,13 @@ def kill_before_commit(step, number):
 def live(regime, workdir, resume, death):
   """One life of a run: from its last checkpoint to its death or its end."""
   if death:
-    kind, step, name = death
-    kill = {'step': kill_after_step, 'save': kill_before_commit}[kind]
-    kill(step, getattr(signal, name))
+    kind, place, name = death
+    kill = {
+      'step': kill_after_step,
+      'save': kill_before_commit,
+      'look': Looked.die_in.__setitem__,
+    }[kind]
+    kill(place, getattr(signal, name))
   learner, stages, options = setting(regime)
   fitted = train.fit(
     learner,
@@ -160,6 +192,10 @@ def live(regime, workdir, resume, death):
   )
   arrays = checkpoint.by_name(fitted.state)
   arrays['matrix'] = np.asarray(fitted.matrix)
+  # What is random is a function of the root key and of where the run is.
+  host = checkpoint.Checkpoints(workdir / 'checkpoints', 2).host(fitted.steps)
+  arrays['key'] = np.asarray(host['key'])
+  arrays['progress'] = np.asarray(json.dumps(host['progress']))
   np.savez(workdir / 'final.npz', **arrays)
 
 

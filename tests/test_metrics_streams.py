@@ -79,6 +79,62 @@ def test_the_stability_gap_is_the_part_that_was_made_good():
   assert metrics.stability_gap(monotone) == 0
 
 
+def test_windowed_forgetting_is_the_deepest_fall_within_a_window():
+  # Task 0 is .1 .9 .3 .6 .8 .6 .5: .9 to .3 at once. Task 1, from step 3 on,
+  # .1 .7 .6 .2 .5: .6 to .2, or .7 to .2 within three. Task 2, from step 7
+  # on, .4 .7: it never fell.
+  assert metrics.windowed_forgetting(CURVES, 2) == pytest.approx(
+    (0.6 + 0.4 + 0.0) / 3
+  )
+  assert metrics.windowed_forgetting(CURVES, 3) == pytest.approx(
+    (0.6 + 0.5 + 0.0) / 3
+  )
+  assert metrics.windowed_forgetting(CURVES, 100) == (
+    metrics.windowed_forgetting(CURVES, 3)
+  )
+
+
+def test_windowed_plasticity_is_the_steepest_rise_within_a_window():
+  # Task 0: .1 to .9 at once. Task 1: .1 to .7. Task 2: .4 to .7.
+  assert metrics.windowed_plasticity(CURVES, 2) == pytest.approx(
+    (0.8 + 0.6 + 0.3) / 3
+  )
+  slow = metrics.Curves(
+    np.array([1, 2, 3, 4]),
+    np.array([[0.5], [0.1], [0.3], [0.9]]),
+    np.array([4]),
+  )
+  # .3 to .9; .1 to .9, although .5 before it was higher than .1.
+  assert metrics.windowed_plasticity(slow, 2) == pytest.approx(0.6)
+  assert metrics.windowed_plasticity(slow, 3) == pytest.approx(0.8)
+  assert metrics.windowed_forgetting(slow, 2) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+  ('values', 'rise', 'fall'),
+  [([0.5, 0.1, 0.9], 0.8, 0.4), ([0.9, 0.1, 0.5], 0.4, 0.8)],
+)
+def test_a_rise_begins_at_a_low_and_a_fall_at_a_high(values, rise, fall):
+  curves = metrics.Curves(
+    np.arange(1, 4), np.array(values)[:, None], np.array([3])
+  )
+  assert metrics.windowed_plasticity(curves, 3) == pytest.approx(rise)
+  assert metrics.windowed_forgetting(curves, 3) == pytest.approx(fall)
+
+
+def test_windows_count_evaluations_of_the_task_and_skip_missing_ones():
+  sparse = metrics.Curves(
+    np.arange(1, 6),
+    np.array([[0.9, 0.9], [NAN, 0.0], [0.6, 0.1], [0.5, 0.4], [0.4, 0.8]]),
+    np.array([1, 5]),
+  )
+  # Task 0: .9 .6 .5 .4. Task 1 without what it was at step 1: .0 .1 .4 .8.
+  assert metrics.windowed_forgetting(sparse, 2) == pytest.approx(0.3 / 2)
+  assert metrics.windowed_forgetting(sparse, 4) == pytest.approx(0.5 / 2)
+  assert metrics.windowed_plasticity(sparse, 2) == pytest.approx(0.4 / 2)
+  assert metrics.windowed_plasticity(sparse, 3) == pytest.approx(0.7 / 2)
+
+
 def test_evaluations_after_the_last_task_do_not_count():
   longer = metrics.Curves(
     np.append(CURVES.steps, 9),
@@ -88,6 +144,9 @@ def test_evaluations_after_the_last_task_do_not_count():
   assert metrics.minimum_accuracy(longer) == pytest.approx(0.25)
   assert metrics.worst_case_accuracy(longer) == (
     metrics.worst_case_accuracy(CURVES)
+  )
+  assert metrics.windowed_forgetting(longer, 9) == (
+    metrics.windowed_forgetting(CURVES, 9)
   )
 
 
@@ -252,6 +311,7 @@ def test_costs_average_what_all_runs_have():
       ),
       r'shape \(7, 2\) for 7 steps and 3 tasks',
     ),
+    (lambda: metrics.windowed_forgetting(CURVES, 1), 'window=1'),
     (
       lambda: metrics.minimum_accuracy(CURVES._replace(steps=np.arange(7))),
       'no evaluation at step 8, where a task ends',

@@ -201,6 +201,9 @@ def test_frequent_evaluations_become_curves(tmp_path):
   # .7 / 3 + 2/3 * .55
   assert cells['none']['WC-ACC'] == '60.0'
   assert cells['none']['stability gap'] == '15.0'
+  # Task 0 is .9 .4 .8 .7, task 1 from its start .4 .8 .7, task 2 .7.
+  assert cells['none']['WF10'] == '20.0'
+  assert cells['none']['WP10'] == '26.7'
 
 
 def cells_of(path, table=0):

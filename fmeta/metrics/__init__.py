@@ -14,6 +14,8 @@ from fmeta.metrics.curves import (
   minimum_accuracy,
   stability_gap,
   task_curves,
+  windowed_forgetting,
+  windowed_plasticity,
   worst_case_accuracy,
 )
 from fmeta.metrics.intervals import (
@@ -54,6 +56,8 @@ __all__ = (
   'minimum_accuracy',
   'stability_gap',
   'task_curves',
+  'windowed_forgetting',
+  'windowed_plasticity',
   'worst_case_accuracy',
   'Interval',
   'bootstrap_ci',

@@ -107,6 +107,62 @@ def stability_gap(curves: Curves) -> float:
   return float((last - _minima(curves)).mean())
 
 
+def windowed_forgetting(curves: Curves, window: int) -> float:
+  """Mean over tasks of the deepest fall within a few evaluations: WF^w.
+
+  1/T sum_j max_{m <= n < m + w} (A_j(m) - A_j(n)), where m and n number the
+  evaluations of task j from the first after its learning began to the end of
+  the stream: m and n lie in one window of w consecutive ones (De Lange et al.
+  2023, https://arxiv.org/abs/2205.13452, who report w = 10 and 100 with an
+  evaluation at every step). A task that never fell counts zero. With a longer
+  window it is never lower, and with other distances between evaluations it is
+  another number.
+
+  Args:
+    curves: of at least one task.
+    window: w, evaluations; at least 2.
+
+  Raises:
+    UsageError: if a window holds no change, or curves are malformed.
+  """
+  return _largest_change(curves, window, -1)
+
+
+def windowed_plasticity(curves: Curves, window: int) -> float:
+  """Mean over tasks of the steepest rise within a few evaluations: WP^w.
+
+  1/T sum_j max_{m <= n < m + w} (A_j(n) - A_j(m)), numbered as in
+  `windowed_forgetting` (De Lange et al. 2023). A task that never rose counts
+  zero. What a task gains by its very first step is not in it: the evaluation
+  before that step is not the task's.
+
+  Args:
+    curves: of at least one task.
+    window: w, evaluations; at least 2.
+
+  Raises:
+    UsageError: if a window holds no change, or curves are malformed.
+  """
+  return _largest_change(curves, window, 1)
+
+
+def _largest_change(curves: Curves, window: int, sign: int) -> float:
+  """Mean over tasks of max_{m <= n < m + window} sign (A(n) - A(m))."""
+  _check(curves, 1)
+  if window < 2:
+    raise UsageError(f'window={window}; a change needs at least 2 evaluations')
+  begins = [-np.inf, *curves.ends[:-1]]
+  upto = curves.steps <= curves.ends[-1]
+  largest = np.zeros(len(curves.ends))
+  for task, begin in enumerate(begins):
+    column = curves.accuracy[upto & (curves.steps > begin), task]
+    column = sign * column[~np.isnan(column)]
+    for lag in range(1, min(window, len(column))):
+      change = (column[lag:] - column[:-lag]).max()
+      largest[task] = max(largest[task], change)
+  return float(largest.mean())
+
+
 def _minima(curves: Curves) -> np.ndarray:
   """[T - 1], the lowest accuracy strictly after each task's end."""
   _check(curves, 2)

@@ -1,6 +1,7 @@
 """The tables of a comparison of methods on one stream."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ _OF_CURVES: dict[str, Callable] = {
   'min-ACC': metrics.minimum_accuracy,
   'WC-ACC': metrics.worst_case_accuracy,
   'stability gap': metrics.stability_gap,
+  'WF10': functools.partial(metrics.windowed_forgetting, window=10),
+  'WP10': functools.partial(metrics.windowed_plasticity, window=10),
 }
 _FORMULAS = (
   'R[i, j]: accuracy on task j after task i of T. Average accuracy: mean over j'
@@ -35,7 +38,9 @@ _OF_CURVES_FORMULAS = (
   ' With evaluations during training (De Lange et al. 2023): min-ACC, mean over'
   ' j < T of the lowest accuracy after task j was learned; WC-ACC, the last'
   " task's accuracy / T + (1 - 1/T) min-ACC; stability gap, what the earlier"
-  ' tasks recovered from their lowest point by the end.'
+  ' tasks recovered from their lowest point by the end; WF10 and WP10, mean'
+  ' over tasks of the largest fall and rise between any two of ten consecutive'
+  ' evaluations since the task began.'
 )
 
 

@@ -80,7 +80,8 @@ def fit(
       their own, see `Phased`.
     state: from `learner.init`; it is copied, so it stays valid.
     stages: in order.
-    rng: typed root key; a resumed run needs the same.
+    rng: typed root key, or those of several seeds for `over_seeds`; a resumed
+      run needs the same.
     forward: what `end_task` runs; needed when a stage remembers.
     evaluate: `(params, model_state) -> {name: value}`, at the end of each
       stage. Its arguments are donated afterwards: copy what you keep.

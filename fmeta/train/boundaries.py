@@ -17,6 +17,14 @@ from fmeta.types import Array, Learner, Params, TrainState
 RETUNE = 5
 
 
+def folded(rng: Array, number: Array | int) -> Array:
+  """`fold_in` of a root key, or of each of those of several seeds."""
+  fold = jax.random.fold_in
+  return (
+    jax.vmap(fold, (0, None))(rng, number) if rng.ndim else fold(rng, number)
+  )
+
+
 class Boundaries:
   """The learners of a run and what lies between them.
 
@@ -69,8 +77,8 @@ class Boundaries:
   def _retuned(self, state: TrainState, start: int, stop: int) -> TrainState:
     for old, new in pairwise(self.learners[start : stop + 1]):
       if old is not new:
-        rng = jax.random.fold_in(self._rng, state.step)
-        state = retune(state, old, new, jax.random.fold_in(rng, RETUNE))
+        rng = folded(folded(self._rng, state.step), RETUNE)
+        state = retune(state, old, new, rng)
     return state
 
   def check(self, state: TrainState) -> None:

@@ -223,10 +223,16 @@ def require_finite(
   Raises:
     Diverged: naming the step, and where to continue from.
   """
-  for name in ('loss', 'update_norm'):
-    bad = np.flatnonzero(~np.isfinite(fetched.get(name, np.zeros(1))))
-    if bad.size:
-      raise Diverged(
-        f'{name} is {fetched[name][bad[0]]} at step {first + bad[0] + 1}; '
-        f'{last_good()}; lower the learning rate or clip gradients'
-      )
+  bad = [
+    # The earliest, and one of several seeds before their mean.
+    (int(np.isfinite(column).argmin()), '/' not in name, name)
+    for name, column in fetched.items()
+    if name.split('/')[-1] in ('loss', 'update_norm')
+    and not np.isfinite(column).all()
+  ]
+  if bad:
+    index, _, name = min(bad)
+    raise Diverged(
+      f'{name} is {fetched[name][index]} at step {first + index + 1}; '
+      f'{last_good()}; lower the learning rate or clip gradients'
+    )

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from fmeta.averaging import find_averages, put_averages
-from fmeta.train.boundaries import Boundaries, rewritten
+from fmeta.train.boundaries import Boundaries, folded, rewritten
 from fmeta.train.dispatch import Program, chunks, own, require_finite
 from fmeta.train.log import Live, Metrics, step_record
 from fmeta.train.saver import Saver
@@ -266,8 +266,7 @@ class Loop:
     self, act: Callable[..., TrainState], batches: Sequence[Batch], number: int
   ) -> None:
     """Lets the learner act between two steps, at an end of a task."""
-    rng = jax.random.fold_in(self.rng, self.progress.step)
-    rng = jax.random.fold_in(rng, number)
+    rng = folded(folded(self.rng, self.progress.step), number)
     before = self._state()
     after = act(before, self.settings.forward, batches, rng)
     changed = rewritten(before, after)
