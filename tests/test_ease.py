@@ -14,7 +14,7 @@ import toys
 import fmeta
 from fmeta import adapters, continual, losses, models, optim, train, tree
 from fmeta.continual import streaming
-from fmeta.continual.ease import complement, completed, ensemble
+from fmeta.continual.ease import complement, completed, ensemble, means
 from fmeta.errors import UsageError
 from fmeta.fewshot import cosine_classifier
 from fmeta.testing import assert_same, check_learner
@@ -402,6 +402,10 @@ def test_a_class_that_comes_again_is_of_both_tasks():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   made = completed(jnp.asarray(prototypes), jnp.asarray(rows))
   np.testing.assert_array_equal(made, prototypes.astype(np.float32))
+  # The first subspace saw the rows of both tasks.
+  counts = np.array([[3.0, 3.0], [1.0, 3.0]])[:, :, None]
+  found = means(jnp.asarray(counts * prototypes), jnp.asarray(rows))
+  np.testing.assert_allclose(found, prototypes, rtol=1e-6)
 
 
 def test_alpha_and_temperature_may_be_traced(streamed):
@@ -572,6 +576,17 @@ def text_stages(cut=None):
     )
     for k in range(TASKS)
   ]
+
+
+def test_a_prefix_in_the_bank_is_not_entered():
+  embed = models.forward(BERT, method='embed')
+  params, _ = models.init(BERT, KEY, words(0, 0))
+  tuning = adapters.prefix('body/.*/(key|value)/kernel', length=2)
+  learner = wrapped(fmeta.finetune(LOSS, optim.sgd(0.1), tuning=tuning), embed)
+  params = learner.params(learner.init(params, KEY))
+  bare = {k: v for k, v in params.items() if k != 'ease'}
+  run = jax.jit(lambda params: embed(params, {}, words(0, 0), None)[0])
+  np.testing.assert_array_equal(run(params), run(bare))
 
 
 @pytest.mark.usefixtures('optimised')
