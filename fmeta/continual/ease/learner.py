@@ -40,8 +40,8 @@ from fmeta.types import (
   TrainState,
 )
 
-# Folded into the key of a task's end.
-BIRTH = 1
+# Folded into the key of a task's end, hence a number that no penalty has.
+BIRTH = 2**32 - 1
 
 
 def ease(
@@ -60,6 +60,10 @@ def ease(
   start, and so are the optimiser's slots (a schedule's own count goes on).
   Train with `continual.masked`, so that the head tells apart the classes of the
   task; `ease_forward`, which answers, does not read it.
+
+  What a penalty remembers of an adapter it holds the next one to, which no
+  paper asks for. Inside an episode, where frozen leaves are constants, there is
+  no place for a bank.
 
   A task's end runs the model on each of its rows in each subspace so far; give
   it all rows of the task, once. The bank has `tasks` times the trainable leaves
