@@ -57,7 +57,7 @@ def retune(
     step=state.step,
     trainable=_put_back(kept, fresh.trainable),
     frozen=_put_back(kept, fresh.frozen),
-    opt_state=_slots(state.opt_state, before, fresh),
+    opt_state=carried_slots(state.opt_state, before, fresh),
     penalty_state=penalty_state,
     memory=_memory(state.memory, fresh.memory),
     dormant=dormant,
@@ -160,8 +160,17 @@ def _folder(name: str, parameter: str | None = None) -> str:
   return name.rpartition('/')[0]
 
 
-def _slots(old_state: Any, before: set[str], fresh: TrainState) -> Any:
-  """The fresh optimiser state with what goes on put back."""
+def carried_slots(old_state: Any, before: set[str], fresh: TrainState) -> Any:
+  """The fresh optimiser state with what goes on put back.
+
+  Args:
+    old_state: of the optimiser so far.
+    before: names of the trainable leaves that go on.
+    fresh: as `learner.init` makes it.
+
+  Raises:
+    UsageError: as `retune`, for a count that some leaves share.
+  """
   after = set(tree.names(fresh.trainable))
   there, here = _named(old_state), _named(fresh.opt_state)
   folders = _goes_on(there, here, before, after)

@@ -128,6 +128,21 @@ def test_a_batch_says_what_may_be_answered_and_no_more():
   )
 
 
+def test_a_task_is_looked_at_again_by_its_first_rows_and_all_its_classes():
+  bench = bench_of('class')
+  of_task = bench.rows(1)
+  label = bench.columns['label'][of_task]
+  assert list(label[:3]) == [2, 3, 2]
+  (few,), (more,) = bench.remembered(1, 1), bench.remembered(1, 5)
+  assert list(few['label']) == [2, 3]
+  assert len(more['label']) == len(more['allowed']) == 5
+  np.testing.assert_array_equal(
+    more['image'], bench.columns['image'][of_task[:5]]
+  )
+  (rest,) = bench.remembered(1, 10_000)
+  assert len(rest['label']) == len(of_task)
+
+
 def test_permuted_tasks_keep_pixels_and_give_each_task_its_head():
   made = protocol.permuted_tasks(BYTES, 'task', 3, 0)
   first, second = made.train[0].columns, made.train[1].columns

@@ -10,6 +10,7 @@ import toys
 from fmeta import fisher, tree
 from fmeta.errors import UsageError
 from fmeta.fisher.kronecker import kronecker_fisher
+from fmeta.penalty import max_importance
 from fmeta.penalty.kfac import ewc_kfac
 
 KEY = jax.random.key(3)
@@ -246,3 +247,34 @@ def test_only_dense_layers_have_factors():
   state = penalty.init(params, params)
   state = _moved(penalty, state, params, [batch], twice)
   assert state['diagonal']['l']['kernel'].max() > 0 and not state['a']
+
+
+@pytest.mark.parametrize('kernels', ['(.*/)?kernel', 'none'])
+def test_the_largest_importance_is_the_largest_curvature(kernels, x64):
+  params, _, batch = _problem(toys.Net(sizes=(3,)))
+  forward = toys.forward_of(toys.Net(sizes=(3,)))
+  penalty = ewc_kfac(1.0, 3, kernels=kernels)
+  state = penalty.init(params, params)
+  assert max_importance(state) == 0
+  one = _moved(penalty, state, params, [batch], forward)
+  two = _moved(penalty, one, _random_like(params, 9), [batch], forward)
+  flat, unflatten = jax.flatten_util.ravel_pytree(params)
+
+  def curvature(state):
+    def value(flat):
+      moved = unflatten(flat)
+      return penalty.value(moved, moved, state, {}, None)
+
+    return np.linalg.eigvalsh(jax.hessian(value)(flat))[-1]
+
+  np.testing.assert_allclose(max_importance(one), curvature(one), rtol=1e-9)
+  assert max_importance((one, {})) == max_importance(one) > 0
+  assert max_importance(two) >= curvature(two) * (1 - 1e-9)
+  # No bound is as low that leaves a task out.
+  assert curvature(two) > 1.01 * max(curvature(one), curvature(_second(two)))
+
+
+def _second(state):
+  """The state as if it had seen the second of its tasks alone."""
+  kept = {key: value for key, value in state.items() if key != 'tasks'}
+  return jax.tree.map(lambda x: x.at[0].set(0), kept)

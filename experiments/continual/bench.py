@@ -121,8 +121,16 @@ class Bench:
     return {key: value[0] for key, value in self.columns.items()}
 
   def remembered(self, task: int, size: int) -> list[dict[str, np.ndarray]]:
-    """The first rows of a task, for an importance pass."""
-    rows = self.rows(task)[:size]
+    """The first rows of a task, for what looks at it again at its end.
+
+    Each class that is not among them adds its first: LwF teaches those alone
+    that it has met.
+    """
+    rows = self.rows(task)
+    label = self.columns['label'][rows]
+    # Of each class the number of its first row within the task.
+    first = np.unique(label, return_index=True)[1]
+    rows = rows[np.union1d(np.arange(min(size, len(rows))), first)]
     columns = data.take(self.columns, rows)
     if self.scenario == 'class':
       columns['allowed'] = np.tile(self.seen[task], (len(rows), 1))

@@ -1,6 +1,7 @@
 """Continual learning: methods that are more than a penalty or a memory."""
 
 from fmeta.continual.bic import bias_corrected, fit_bias, with_bias
+from fmeta.continual.ease import ease, ease_forward
 from fmeta.continual.gdumb import collect, gdumb, held_columns
 from fmeta.continual.gem import a_gem, gem, task_by_task
 from fmeta.continual.gpm import gpm
@@ -22,6 +23,8 @@ __all__ = [
   'collect',
   'der',
   'der_plus_plus',
+  'ease',
+  'ease_forward',
   'er_ace',
   'fit_bias',
   'gdumb',

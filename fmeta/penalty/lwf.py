@@ -39,9 +39,10 @@ def lwf(
   the same gradient; T^2 keeps the gradient's size, Hinton et al. 2015,
   https://arxiv.org/abs/1503.02531.) The teacher is the model at the last
   task's end, on the rows of the new task; it knows the classes whose labels
-  were among the batches consolidated so far. Before the first end the penalty
-  and its gradient are zero. Both run in evaluation mode with the model state
-  of the last boundary, see `fmeta.penalty.teacher`.
+  were among the batches consolidated so far. One that had no row in them is
+  not taught: let `Stage.remember` hold a row of every class of the task. Before
+  the first end the penalty and its gradient are zero. Both run in evaluation
+  mode with the model state of the last boundary, see `fmeta.penalty.teacher`.
 
   Args:
     forward: gives logits [B, classes].

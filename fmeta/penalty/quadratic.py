@@ -112,8 +112,22 @@ def ewc(strength: Scalar, importance: Importance = exact_fisher) -> Penalty:
 
 
 def max_importance(state: Any) -> Array:
-  """Largest importance of a penalty state, 0 if it has none."""
+  """Largest importance of a penalty state, 0 if it has none.
+
+  Of `ewc_kfac` the largest eigenvalue of a layer's A (x) G instead, which is
+  that of A times that of G; tasks add up to no less than that of their sum.
+  """
   if isinstance(state, tuple | list):  # of several penalties
     return jnp.max(jnp.stack([jnp.zeros(()), *map(max_importance, state)]))
+  if 'diagonal' in state:  # of each task, as `a` and `g` are
+    sums = [leaf.sum(0).max() for leaf in jax.tree.leaves(state['diagonal'])]
+    pairs = zip(*(jax.tree.leaves(state[key]) for key in 'ag'), strict=True)
+    sums += [(_largest(a) * _largest(g)).sum() for a, g in pairs]
+    return jnp.max(jnp.stack(sums))
   leaves = jax.tree.leaves(state.get('importance', {}))
   return jnp.max(jnp.stack([leaf.max() for leaf in leaves] or [jnp.zeros(())]))
+
+
+def _largest(matrices: Array) -> Array:
+  """The largest eigenvalue of each symmetric matrix, [T]."""
+  return jnp.linalg.eigvalsh(matrices)[:, -1]
