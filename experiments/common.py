@@ -1,6 +1,7 @@
 """What experiments share: seeds, finished trials, how `fit` is placed."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -55,7 +56,7 @@ def require(
   Args:
     config: an experiment's; fields that it has not are passed over.
     least: field -> the smallest value that it, or an item of it, may have.
-    positive: fields that must be above 0, such as rates.
+    positive: fields that must be above 0 and finite, such as rates.
 
   Raises:
     UsageError: naming the first that is not.
@@ -65,7 +66,7 @@ def require(
   for name, words, low, strict in rules:
     given = getattr(config, name, ())
     for value in given if isinstance(given, tuple) else (given,):
-      if value < low or (strict and value == low):
+      if value < low or (strict and not low < value < math.inf):
         raise UsageError(f'config.{name} is {given}; give {words}')
 
 

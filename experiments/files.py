@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import pathlib
 import sys
 from types import ModuleType
@@ -12,13 +13,16 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def experiments() -> list[pathlib.Path]:
-  """Files of this package that define both `Config` and `run`."""
+  """Files of this package that define `Config` and `run(config, context)`."""
   found = []
   for path in sorted(HERE.rglob('*.py')):
     body = ast.parse(path.read_text()).body
-    names = {getattr(node, 'name', None) for node in body}
-    if {'Config', 'run'} <= names:
-      found.append(path)
+    names = {getattr(node, 'name', None): node for node in body}
+    run = names.get('run')
+    if 'Config' in names and isinstance(run, ast.FunctionDef):
+      # With other arguments it is what experiments have in common.
+      if [each.arg for each in run.args.args] == ['config', 'context']:
+        found.append(path)
   return found
 
 
@@ -39,7 +43,8 @@ def load(source: pathlib.Path) -> ModuleType:
   """Imports an experiment file, by its package name where it has one.
 
   Raises:
-    UsageError: if it is not Python or lacks `Config` or `run`.
+    UsageError: if it is not Python, lacks `Config` or `run`, or `run` takes
+      something else.
   """
   if source.suffix != '.py':
     raise UsageError(f'{str(source)!r} is not a Python file (*.py)')
@@ -59,6 +64,13 @@ def load(source: pathlib.Path) -> ModuleType:
         f'{str(source)!r} has no {needed!r}; an experiment file defines '
         f'Config and run(config, context)'
       )
+  try:
+    inspect.signature(module.run).bind(None, None)
+  except TypeError as error:
+    raise UsageError(
+      f'run of {str(source)!r} does not take (config, context); --list names '
+      'the experiment files'
+    ) from error
   return module
 
 

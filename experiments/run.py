@@ -30,6 +30,7 @@ from fmeta.errors import UsageError
 
 MAIN = 'experiments/docparams.py'
 _HOST_DEVICES = '--xla_force_host_platform_device_count'
+INTERRUPTED = 130  # 128 + 2, what a shell reports of Ctrl-C
 _MOST_HOST_DEVICES = 64  # More is a mistyped mesh, not a machine.
 
 _HELP = {
@@ -182,6 +183,10 @@ def execute(options: flags.FlagValues, assignments: list[tuple]) -> None:
     if jax.process_index() == 0 and not options.resume:
       folders.discard(folder)
     raise
+  except KeyboardInterrupt:
+    said = f'stopped; --resume --workdir={folder} continues'
+    print(said, file=sys.stderr, flush=True)
+    raise SystemExit(INTERRUPTED) from None
   if jax.process_index() == 0:
     wall_seconds = time.monotonic() - began
     results.write(folder, job.name, outcome, wall_seconds)

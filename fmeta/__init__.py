@@ -22,9 +22,9 @@ from fmeta.adapters import (
 from fmeta.averaging import averaged, ema, swa, with_average
 from fmeta.errors import UsageError
 from fmeta.gradients import accumulate, first_order, plain
-from fmeta.learner import adapt, append, beside, finetune, rehearse
+from fmeta.learner import adapt, finetune, rehearse
 from fmeta.losses import softmax_cross_entropy, squared_error, supervised
-from fmeta.memory import reservoir
+from fmeta.memory import append, beside, reservoir
 from fmeta.meta import episode_loss, in_chunks, predict_episodes, reptile_loss
 from fmeta.mixing import cutmix, mixup
 from fmeta.penalty import ewc, l2_sp, no_penalty

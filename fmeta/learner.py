@@ -17,8 +17,10 @@ import optax
 from fmeta import through as ways
 from fmeta.errors import UsageError
 from fmeta.gradients import plain
+from fmeta.memory import append
+from fmeta.memory.ranked import check_rehearsed
 from fmeta.optim.guard import guard
-from fmeta.penalty import no_penalty
+from fmeta.penalty import no_penalty, require_penalty
 from fmeta.tuning import full
 from fmeta.types import (
   Array,
@@ -64,9 +66,12 @@ def finetune(
     tuning: what moves; everything by default.
     penalty: what the parameters remember; nothing by default.
     value_and_grad: how the loss is differentiated, see `fmeta.gradients`.
+
+  Raises:
+    UsageError: for a penalty that is none, such as a list of them.
   """
   tuning = full() if tuning is None else tuning
-  penalty = no_penalty() if penalty is None else penalty
+  penalty = require_penalty(no_penalty() if penalty is None else penalty)
   optimizer = optax.with_extra_args_support(optimizer)
   guarded = guard(optimizer)
 
@@ -164,34 +169,6 @@ def finetune(
   )
 
 
-def append(batch: Batch, rows: Batch, valid: Array) -> Batch:
-  """Experience replay: the batch and the remembered rows as one batch.
-
-  Rows of an empty memory get weight zero. Keys that only the memory has are
-  dropped.
-  """
-  missing = sorted(set(batch) - set(rows) - {'weight'})
-  if missing:
-    raise UsageError(
-      f'the memory does not hold {missing[0]!r} of the batch; it holds '
-      f'{sorted(rows)}: add it to the spec of the memory'
-    )
-  size = jax.tree.leaves(batch)[0].shape[0]
-  weight = batch.get('weight', jnp.ones(size, valid.dtype))
-  mixed = {
-    key: jnp.concatenate([value, rows[key]])
-    for key, value in batch.items()
-    if key != 'weight'
-  }
-  return {**mixed, 'weight': jnp.concatenate([weight, valid])}
-
-
-def beside(batch: Batch, rows: Batch, valid: Array) -> Batch:
-  """The remembered rows under `memory_*` keys, for losses that read them."""
-  named = {f'memory_{key}': value for key, value in rows.items()}
-  return {**batch, **named, 'memory_weight': valid}
-
-
 def rehearse(
   learner: Learner,
   memory: Memory,
@@ -209,8 +186,13 @@ def rehearse(
     learner: any learner.
     memory: for example `reservoir(...)`; it lives in `TrainState.memory`.
     size: remembered rows per step.
-    mix: `(batch, rows, valid) -> batch`; `append` or `beside`.
+    mix: `(batch, rows, valid) -> batch`; `append` for any loss, `beside` for
+      one that reads `memory_*` keys: another would never see those rows.
+
+  Raises:
+    UsageError: for a size below 1, or a memory that is none.
   """
+  check_rehearsed(memory, size)
 
   def init(params, rng, model_state=None):
     state = learner.init(params, rng, model_state)

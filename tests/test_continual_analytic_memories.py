@@ -10,7 +10,7 @@ import toys
 from scipy import stats
 
 from fmeta import continual, losses, memory
-from fmeta.learner import beside
+from fmeta.memory import beside
 
 STREAM_KEY = jax.random.key(31)
 NUMBERED = {

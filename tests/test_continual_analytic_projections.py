@@ -9,7 +9,8 @@ import toys
 
 from fmeta import continual, optim
 from fmeta.continual.gem import project, project_on_one
-from fmeta.learner import beside, finetune
+from fmeta.learner import finetune
+from fmeta.memory import beside
 
 
 @pytest.mark.parametrize('kind', cones.KINDS)

@@ -54,6 +54,33 @@ def test_the_stream_of_packages_gives_a_table_and_a_picture(
   assert 'replay: rate 0.001' in shown
 
 
+@pytest.mark.parametrize(
+  ('module', 'setting', 'said'),
+  [
+    (split_digits_ewc, 'seeds=0', 'config.seeds is 0; give at least 1'),
+    (split_digits_ewc, 'sizes=0', 'give at least 1'),
+    (split_digits_ewc, 'steps_per_task=0', 'give at least 1'),
+    (split_digits_ewc, 'rate=-1', 'give a number above 0'),
+    (split_digits_ewc, 'rate=inf', 'give a number above 0'),
+    (split_digits_ewc, 'strength=-5', 'give at least 0'),
+    (split_digits_ewc, 'methods=none', "no method 'none'; possible: naive"),
+    (split_digits_ewc, 'methods=', 'give some of naive'),
+    (split_digits_ewc, 'methods=ewc,ewc', 'each once'),
+    (docparams_by_package, 'methods=none', "no method 'none'; possible"),
+    (docparams_by_package, 'rates_ewc=0', 'give a number above 0'),
+    (docparams_by_package, 'blocks=0', 'give at least 1'),
+  ],
+)
+def test_a_setting_that_means_nothing_is_refused_first(
+  tmp_path, capsys, module, setting, said
+):
+  folder = tmp_path / 'run'
+  argv = [f'--config={module.__file__}', f'--workdir={folder}']
+  assert job.main(['run', *argv, f'--config.{setting}']) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert said in line and not folder.exists()
+
+
 def test_the_cached_prefix_and_the_whole_model_agree(tiny_bert):
   config = docparams_by_package.Config(
     **{**docparams_by_package.SMALL, 'model': str(tiny_bert)}

@@ -9,7 +9,8 @@ import toys
 
 from fmeta import UsageError, continual, gradients, losses, memory, optim
 from fmeta.continual.gem import project, project_on_one
-from fmeta.learner import beside, finetune, rehearse
+from fmeta.learner import finetune, rehearse
+from fmeta.memory import beside
 from fmeta.testing import assert_same
 
 KEY = jax.random.key(5)

@@ -8,7 +8,8 @@ import toys
 
 from fmeta import adapters, memory, optim, tuning
 from fmeta.errors import UsageError
-from fmeta.learner import adapt, append, beside, finetune, rehearse
+from fmeta.learner import adapt, finetune, rehearse
+from fmeta.memory import append, beside
 from fmeta.testing import assert_close, assert_same
 
 KEY = jax.random.key(11)

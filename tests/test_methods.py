@@ -25,7 +25,8 @@ from fmeta import (
   tuning,
 )
 from fmeta.data.augment import augmented
-from fmeta.learner import beside, finetune, rehearse
+from fmeta.learner import finetune, rehearse
+from fmeta.memory import beside
 from fmeta.meta import episode_loss, reptile_loss
 from fmeta.per_leaf import adamw_per_leaf
 from fmeta.testing import check_learner

@@ -11,7 +11,7 @@ from fmeta import episodes, evaluate, fewshot, meta, optim, through
 from fmeta.errors import UsageError
 
 KEY = jax.random.key(2)
-LOSS, PARAMS, FORWARD, _ = toys.problem(sizes=(4,))
+LOSS, PARAMS, _, FORWARD = toys.problem(sizes=(4,))
 INNER = fmeta.finetune(LOSS, optim.sgd(0.1))
 PULLED = fmeta.finetune(LOSS, optim.sgd(0.1), penalty=fmeta.l2_sp(1.0))
 

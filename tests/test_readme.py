@@ -8,7 +8,12 @@ import pytest
 from fmeta import metrics, tree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-DOCUMENTS = ('README.md', 'BUILD.md', 'experiments/README.md')
+DOCUMENTS = (
+  'README.md',
+  'BUILD.md',
+  'experiments/README.md',
+  'fmeta/continual/README.md',
+)
 
 
 def test_the_library_example_runs_and_learns():
@@ -33,6 +38,19 @@ def test_the_few_shot_example_runs_and_what_it_learns_helps():
   for name in factors:
     learned = tree.get(names['fitted'].params, name)
     assert (learned != tree.get(names['start'], name)).any()
+
+
+def test_the_stream_of_ones_own_runs_and_replay_forgets_least():
+  text = (ROOT / 'fmeta/continual/README.md').read_text()
+  (block,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  names = {}
+  exec(compile(block, 'README.md', 'exec'), names)
+  lost = {
+    name: metrics.forgetting_chaudhry(matrix)
+    for name, matrix in names['matrices'].items()
+  }
+  assert lost['ER'] < 0.2 < lost['EWC'] < lost['none'] - 0.05
+  assert names['picture'].startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('name', DOCUMENTS)

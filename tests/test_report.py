@@ -226,6 +226,10 @@ def test_a_value_that_was_not_measured_is_named_not_drawn():
   figures.draw_bars(axes, _stream_rows(), lost, 'forgetting', ends=False)
   assert len(axes.patches) == 2
   assert [text.get_text() for text in axes.texts] == ['16.0', '2.4', 'n/a']
+  axes = matplotlib.figure.Figure().add_subplot()
+  none = [None] * len(lost)  # One task: nothing to forget.
+  figures.draw_bars(axes, _stream_rows(), none, 'forgetting', ends=False)
+  assert [text.get_text() for text in axes.texts] == ['n/a'] * 3
 
 
 def test_curves_draw_every_line_and_say_so():

@@ -101,6 +101,17 @@ def test_averages_are_those_of_the_tasks_seen_with_a_t_band(monkeypatch):
   assert drawn[1].ci is None and list(drawn[1].x) == [1, 2, 3]
 
 
+def test_a_band_of_averages_ends_where_accuracies_do(monkeypatch):
+  drawn = []
+  monkeypatch.setattr(
+    progress, 'curves', lambda lines, **options: drawn.extend(lines)
+  )
+  progress.averages({'a': [STREAM, STREAM - 0.3]})
+  assert metrics.mean_t([0.9, 0.6]).ci95[0] < 0
+  assert metrics.mean_t([0.9, 0.6]).ci95[1] > 1
+  np.testing.assert_array_equal(drawn[0].ci[0], (0, 1))
+
+
 def test_a_task_is_drawn_from_where_it_is_learned():
   axes = axes_of()
   full = np.where(np.isnan(STREAM), 0.1, STREAM)  # measured before, too

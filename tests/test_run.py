@@ -41,6 +41,8 @@ def run(config, context):
     raise UsageError("no parameter\\\\nmatches 'hed/.*'")
   if config.fail:
     raise ValueError('a bug')
+  if config.pattern == 'stop':
+    raise KeyboardInterrupt
   try:
     config.lr = 3.0
   except dataclasses.FrozenInstanceError:
@@ -148,6 +150,23 @@ def test_a_bug_keeps_its_traceback_and_its_folder(toy, tmp_path):
   assert (tmp_path / 'runs/toy/001/config.json').exists()
 
 
+def test_an_interrupted_run_says_how_to_continue(toy, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    start(f'--config={toy}', '--config.pattern=stop', '--workdir=w')
+  assert stopped.value.code == 130
+  said = 'stopped; --resume --workdir=w continues\n'
+  assert capsys.readouterr().err == said
+  assert pathlib.Path('w/config.json').exists()
+
+
+def test_a_run_that_takes_something_else_is_no_experiment(toy, capsys):
+  shared = toy.with_name('shared.py')
+  shared.write_text(TOY.replace('run(config, context)', 'run(table, a, b)'))
+  message = refused(capsys, f'--config={shared}', '--workdir=w')
+  assert 'does not take (config, context); --list' in message
+  assert not pathlib.Path('w').exists()
+
+
 def test_resume_needs_no_config_and_uses_the_stored_copy(toy):
   assert start('--config=toy.py', '--config.lr=2', '--workdir=w') == 0
   toy.unlink()
@@ -226,6 +245,8 @@ def test_experiment_files_are_those_with_a_config_and_a_run(
   (tmp_path / 'fewshot').mkdir()
   (tmp_path / 'fewshot' / 'toy.py').write_text(TOY)
   (tmp_path / 'helper.py').write_text('def run(): pass')
+  shared = TOY.replace('run(config, context)', 'run(table, a, b)')
+  (tmp_path / 'shared.py').write_text(shared)
   assert [path.name for path in files.experiments()] == ['toy.py']
   with pytest.raises(UsageError, match="mean '[^']*/fewshot/toy.py'"):
     files.find(f'{tmp_path.name}/fewshot/tyo.py')

@@ -31,7 +31,7 @@ import numpy as np
 
 import fmeta
 from experiments.common import Seeds, best_setting, placement, trial
-from experiments.continual import methods
+from experiments.continual import methods, packages
 from experiments.continual.packages import Bench, initial_params, protocol
 from fmeta import metrics as measures
 from fmeta import report, table, train
@@ -97,7 +97,6 @@ class Method:
   """One row: its grid, its search and its final runs."""
 
   def __init__(self, bench: Bench, context: Context, name: str):
-    methods.check(name)
     self.bench, self.context, self.name = bench, context, name
     config = bench.config
     rates = getattr(config, f'rates_{name}')
@@ -233,6 +232,7 @@ def row_of(
 
 def panel(config: Config, context: Context) -> tuple[report.Panel, dict]:
   """Trains every row and returns the panel and its numbers."""
+  packages.check(config)
   bench = Bench(config)
   tuned = bench.recipe.tuning
   print(

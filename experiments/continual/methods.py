@@ -80,11 +80,16 @@ class Recipe(NamedTuple):
     }
 
 
-def check(method: str) -> None:
-  """Raises `UsageError` for a row that does not exist."""
-  if method not in NAMES:
+def check(names: tuple[str, ...]) -> None:
+  """Raises `UsageError` for rows that are none, or come twice."""
+  for name in names:
+    if name not in NAMES:
+      raise fmeta.UsageError(
+        f'no method {name!r}; possible: {", ".join(NAMES)}'
+      )
+  if not names or len(set(names)) < len(names):
     raise fmeta.UsageError(
-      f'no method {method!r}; possible: {", ".join(NAMES)}'
+      f'config.methods is {names}; give some of {", ".join(NAMES)}, each once'
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 import fmeta
 from experiments import minilm
+from experiments.common import require
 from experiments.continual import methods
 from fmeta import baselines, data, evaluate, text
 from fmeta import stream as streams
@@ -19,6 +20,30 @@ from fmeta.datasets import docparams
 from fmeta.models import BertClassifier, forward
 
 CLASSES = len(docparams.LABELS)
+# The smallest values that mean something.
+LEAST = dict.fromkeys(
+  (
+    'seeds',
+    'blocks',
+    'epochs',
+    'batch_size',
+    'max_length',
+    'memory_size',
+    'fisher_examples',
+    'train_examples',
+    'search_examples',
+    'validation_examples',
+    'matrix_examples',
+  ),
+  1,
+) | {'strengths_ewc': 0}
+
+
+def check(config: Any) -> None:
+  """Raises `UsageError` for what does not exist, before anything is loaded."""
+  rates = (f'rates_{name}' for name in methods.NAMES)
+  require(config, LEAST, (*rates, 'head_multiplier'))
+  methods.check(config.methods)
 
 
 def first_of_each(

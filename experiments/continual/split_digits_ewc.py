@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 import fmeta
-from experiments.common import Seeds, placement, trial
+from experiments.common import Seeds, placement, require, trial
 from experiments.continual import methods
 from fmeta import continual, data, evaluate, metrics, models, train
 from fmeta import stream as streams
@@ -52,6 +52,18 @@ class Config:
   fisher_examples: int = 200
 
 
+# The smallest values that mean something.
+LEAST = dict.fromkeys(
+  (
+    'seeds',
+    'sizes',
+    'steps_per_task',
+    'batch_size',
+    'memory_size',
+    'fisher_examples',
+  ),
+  1,
+) | {'strength': 0}
 SMALL = {
   'seeds': 1,
   'methods': ('naive', 'ewc', 'replay'),
@@ -191,8 +203,8 @@ def row_of(method: str, runs: list[dict[str, Any]]) -> tuple[Row, dict, dict]:
 
 def run(config: Config, context: Context) -> dict:
   """All rows and seeds, a table and a picture."""
-  for method in config.methods:
-    methods.check(method)
+  require(config, LEAST, ('rate',))
+  methods.check(config.methods)
   bench = open_bench(config)
   rows, numbers, ci95, matrices, last = [], {}, {}, {}, {}
   for method in config.methods:

@@ -14,7 +14,6 @@ The paper's distillation is `fmeta.penalty.lwf`, or replay with `der`.
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -44,8 +43,15 @@ def corrected(logits: Array, new: Array, bias: Bias) -> Array:
     logits: [B, classes].
     new: bool [classes].
     bias: two scalars.
+
+  Raises:
+    UsageError: for another number of classes.
   """
-  chex.assert_shape(new, logits.shape[1:])
+  if jnp.ndim(logits) != 2 or jnp.shape(new) != jnp.shape(logits)[1:]:
+    raise UsageError(
+      f'logits of shape {jnp.shape(logits)} and new classes of shape '
+      f'{jnp.shape(new)}; give [B, classes] and bool [classes]'
+    )
   return jnp.where(new[None], bias.alpha * logits + bias.beta, logits)
 
 

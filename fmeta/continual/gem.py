@@ -38,7 +38,7 @@ import jax.numpy as jnp
 
 from fmeta.continual.beside import apart
 from fmeta.continual.qp import nonnegative_qp
-from fmeta.errors import UsageError
+from fmeta.errors import UsageError, check_number
 from fmeta.gradients import plain
 from fmeta.memory import ranked, task_rows
 from fmeta.types import Array, Memory, Params, Scalar, ValueAndGrad
@@ -73,8 +73,10 @@ def gem(
     lanes: tasks side by side (`vmap`); the others one after another.
 
   Raises:
-    UsageError: on the first step, if the batch has no such memory.
+    UsageError: for a margin below 0, or, on the first step, if the batch has
+      no such memory.
   """
+  check_number('gem margin', margin)
 
   def transform(fun):
     taken = value_and_grad(fun)

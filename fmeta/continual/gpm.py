@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
-from fmeta.errors import UsageError
+from fmeta.errors import UsageError, check_number
 from fmeta.penalty import no_penalty
 from fmeta.types import Array, Params, Penalty, Scalar
 
@@ -39,10 +39,16 @@ def gpm(*patterns: str, energy: Scalar) -> Penalty:
       for the first layer and 0.99 for the others. May be traced.
 
   Raises:
-    UsageError: for a pattern that matches nothing or no kernel, for factors
+    UsageError: for no pattern, one that matches nothing or no kernel, an
+      energy outside [0, 1], for factors
       (LoRA) of a matching kernel, and at a task's end for a kernel that no
       `nn.Dense` ran with.
   """
+  if not patterns:
+    raise UsageError(
+      "gpm without patterns; give some, such as 'body/.*/kernel'"
+    )
+  check_number('gpm energy', energy, most=1)
 
   def init(trainable, params):
     kernels = _kernels(patterns, trainable, params)

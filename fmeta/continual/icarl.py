@@ -84,7 +84,8 @@ def icarl_columns(
     old: bool [classes]: those that it knows.
 
   Raises:
-    UsageError: if the columns lack a key of the memory.
+    UsageError: if the columns lack a key of the memory, or the teacher has
+      other classes.
   """
   past = held_columns(held)
   missing = sorted(set(past) - set(columns))
@@ -98,6 +99,11 @@ def icarl_columns(
     for key, value in past.items()
   }
   teacher = np.asarray(teach(both), np.float32)
+  if teacher.ndim != 2 or np.shape(old) != teacher.shape[1:]:
+    raise UsageError(
+      f'a teacher of shape {teacher.shape} and old classes of shape '
+      f'{np.shape(old)}; give logits [N, classes] and bool [classes]'
+    )
   known = np.broadcast_to(np.asarray(old, bool), teacher.shape)
   return {**both, 'teacher': teacher, 'old': np.array(known)}
 

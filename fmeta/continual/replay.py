@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from fmeta.continual.beside import apart
 from fmeta.continual.masking import masked
-from fmeta.errors import UsageError
-from fmeta.learner import append
+from fmeta.errors import UsageError, check_number
 from fmeta.losses import Criterion
+from fmeta.memory import append
 from fmeta.types import Array, Aux, Batch, Forward, LossFn, Scalar
 
 Mix = Callable[[Batch, Batch, Array], Batch]
@@ -56,7 +56,11 @@ def der(forward: Forward, criterion: Criterion, alpha: Scalar) -> LossFn:
   Returns:
     A `LossFn` for `rehearse(..., mix=fmeta.beside)` and a memory of the
     batch's keys and `outputs`.
+
+  Raises:
+    UsageError: for a strength below 0, and when traced without such a memory.
   """
+  check_number('der alpha', alpha)
 
   def loss_fn(params, model_state, batch, rng):
     own, past, model_state = _run(forward, params, model_state, batch, rng)
@@ -87,8 +91,11 @@ def der_plus_plus(
     beta: strength of the labels.
 
   Raises:
-    UsageError: when traced with fewer than two remembered rows.
+    UsageError: for a strength below 0, and when traced with fewer than two
+      remembered rows.
   """
+  check_number('der_plus_plus alpha', alpha)
+  check_number('der_plus_plus beta', beta)
 
   def loss_fn(params, model_state, batch, rng):
     own, past, model_state = _run(forward, params, model_state, batch, rng)
@@ -146,9 +153,17 @@ def today(mix: Mix) -> Mix:
 
   Args:
     mix: `fmeta.append` or `fmeta.beside`.
+
+  Raises:
+    UsageError: when traced with a batch that has no `allowed`.
   """
 
   def mixed(batch, rows, valid):
+    if 'allowed' not in batch:
+      raise UsageError(
+        f"the batch has no 'allowed' for `today` to repeat; it has "
+        f'{sorted(batch)}: see fmeta.stream.with_allowed, or leave `today` out'
+      )
     now = batch['allowed'][0]
     allowed = jnp.broadcast_to(now, (*valid.shape, len(now)))
     return mix(batch, {**rows, 'allowed': allowed}, valid)
@@ -197,7 +212,11 @@ def _distance(past: Part) -> Array:
       "model's logits"
     )
   stored = past.batch['outputs']
-  chex.assert_equal_shape([past.outputs, stored])
+  if past.outputs.shape != stored.shape:
+    raise UsageError(
+      f'the memory holds outputs of shape {stored.shape[1:]} per row, the '
+      f'model gives {past.outputs.shape[1:]}; correct the spec of the memory'
+    )
   squared = (past.outputs - stored) ** 2
   allowed = past.batch.get('allowed')
   if allowed is None:

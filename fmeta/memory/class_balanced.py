@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from fmeta.errors import UsageError
+from fmeta.errors import UsageError, suggest
 from fmeta.memory import ranked
 from fmeta.types import Array, Memory
 
@@ -91,7 +91,15 @@ def admit(
 
 
 def quotas(held: ranked.Held, num_classes: int, by: str = 'label') -> Array:
-  """How many rows of each class are held, int32 [num_classes]."""
+  """How many rows of each class are held, int32 [num_classes].
+
+  Raises:
+    UsageError: if the memory does not hold `by`.
+  """
+  if by not in held['rows']:
+    raise UsageError(
+      f'the memory does not hold {by!r}{suggest(by, held["rows"])}'
+    )
   there = ranked.occupied(held).astype(jnp.int32)
   return jax.ops.segment_sum(there, held['rows'][by], num_classes)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fmeta.errors import UsageError
 from fmeta.types import Array
 
 
@@ -29,7 +30,15 @@ def herding(
   Returns:
     int32 [N]: k - 1 for the k-th exemplar of its class, `size` for a row
     that is none.
+
+  Raises:
+    UsageError: for features without a feature axis, or another number of rows.
   """
+  given = jnp.shape(features), jnp.shape(labels), jnp.shape(weight)
+  if len(given[0]) != 2 or given[1] != given[0][:1] or given[2] != given[1]:
+    raise UsageError(
+      f'features, labels and weight of shapes {given}; give [N, D], [N], [N]'
+    )
   rows = jnp.arange(len(labels), dtype=jnp.int32)
   real = weight > 0
   member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)

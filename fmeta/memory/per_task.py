@@ -77,6 +77,14 @@ def task_rows(memory: ranked.Held) -> tuple[Batch, Array]:
 
   Returns:
     {key: [tasks, rows_per_task, ...]} and bool [tasks, rows_per_task].
+
+  Raises:
+    UsageError: for the state of another memory.
   """
+  if 'task' not in memory:
+    raise UsageError(
+      'this memory has no rows per task; give the state of per_task(tasks, '
+      'rows_per_task, spec)'
+    )
   past = jnp.arange(len(memory['seen'])) < memory['task']
   return memory['rows'], ranked.occupied(memory) & past[:, None]

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmeta import tree
 from fmeta.errors import UsageError
-from fmeta.types import Array, Batch
+from fmeta.types import Array, Batch, Memory
 
 Spec = Mapping[str, Any]
 Held = dict[str, Any]
@@ -33,8 +34,23 @@ EMPTY, PADDING = -1.0, -2.0
 
 def check_capacity(capacity: int) -> None:
   """Raises `UsageError` if there is no room for a row."""
-  if capacity < 1:
-    raise UsageError(f'memory capacity {capacity}; give at least 1')
+  if not isinstance(capacity, int | np.integer) or capacity < 1:
+    raise UsageError(
+      f'memory capacity {capacity!r}; give at least 1, a whole number'
+    )
+
+
+def check_rehearsed(memory: Any, size: int) -> None:
+  """Raises `UsageError` unless rows of a memory can be rehearsed."""
+  if not isinstance(memory, Memory):
+    raise UsageError(
+      f'the memory is a {type(memory).__name__}; give rehearse(learner, '
+      'memory, size) one such as reservoir(capacity, spec)'
+    )
+  if not isinstance(size, int | np.integer) or size < 1:
+    raise UsageError(
+      f'rehearse of {size!r} remembered rows; give at least 1, a whole number'
+    )
 
 
 def empty(capacity: int, spec: Spec) -> Held:
@@ -122,7 +138,7 @@ def admit(
     count: how many of them are rows.
     leave: which of held and offered rows go.
   """
-  _check_rows(held['rows'], rows)
+  check_rows(held['rows'], rows)
   size, capacity = len(priority), len(held['priority'])
   new = {
     key: jnp.asarray(rows[key], x.dtype) for key, x in held['rows'].items()
@@ -207,12 +223,13 @@ def _parts(memories):
   return [{key: each[key] for key in keys} for each in memories]
 
 
-def _check_rows(held: Batch, rows: Batch) -> None:
+def check_rows(held: Batch, rows: Batch) -> None:
+  """Raises `UsageError` unless both have rows of one shape."""
   for key, leaf in held.items():
     found = jnp.shape(rows[key])[1:] if key in rows else 'nothing'
     if found != leaf.shape[1:]:
       raise UsageError(
         f'the memory holds {key!r} of shape {leaf.shape[1:]} per row, the '
-        f'batch brings {found}; give all batches one shape, the one of the '
-        'spec'
+        f'batch brings {found}; give a spec of ONE row, without the batch '
+        'axis, and all batches rows of that shape'
       )

@@ -13,6 +13,7 @@ from fmeta.penalty.quadratic import (
   l2_sp,
   max_importance,
   no_penalty,
+  require_penalty,
 )
 from fmeta.penalty.rwalk import rwalk
 from fmeta.penalty.si import si
@@ -31,6 +32,7 @@ __all__ = [
   'no_penalty',
   'online_ewc',
   'output_sensitivity',
+  'require_penalty',
   'rwalk',
   'si',
 ]

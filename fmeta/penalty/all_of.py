@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fmeta.penalty.quadratic import require_penalty
 from fmeta.types import Penalty
 
 
@@ -14,7 +15,12 @@ def all_of(*penalties: Penalty) -> Penalty:
 
   Args:
     *penalties: any; none is no penalty.
+
+  Raises:
+    UsageError: for an argument that is none, such as a list.
   """
+  for each in penalties:
+    require_penalty(each)
 
   def init(trainable, params):
     return tuple(each.init(trainable, params) for each in penalties)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from fmeta.errors import UsageError
+from fmeta.errors import UsageError, check_number
 from fmeta.penalty.quadratic import no_penalty
 from fmeta.penalty.teacher import (
   first_teacher,
@@ -33,9 +33,10 @@ def feature_distillation(
     model_state: as `learner.init` gets it; only its structure matters.
 
   Raises:
-    UsageError: for features without a feature axis, or a model state that was
-      not announced.
+    UsageError: for features without a feature axis, a model state that was
+      not announced, or a strength below 0.
   """
+  check_number('feature_distillation strength', strength)
 
   def init(trainable, params):
     active = jnp.zeros((), bool)

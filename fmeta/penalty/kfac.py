@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from fmeta import tree
-from fmeta.errors import UsageError
+from fmeta.errors import UsageError, check_number
 from fmeta.fisher import exact_fisher
 from fmeta.fisher.kronecker import bias_of, kronecker_fisher
 from fmeta.fisher.labels import Labels, summed_over
@@ -56,8 +56,12 @@ def ewc_kfac(
   Raises:
     UsageError: at a task's end if `num_tasks` tasks are remembered already
       (under `jit`, where nothing can be raised, the penalty becomes NaN), or
-      a kernel is in no dense layer.
+      a kernel is in no dense layer; for a strength below 0, or room for no
+      task.
   """
+  check_number('ewc_kfac strength', strength)
+  if num_tasks < 1:
+    raise UsageError(f'ewc_kfac num_tasks={num_tasks}; give at least 1')
 
   def init(trainable, params):
     moving = moving_leaves(trainable, params)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fmeta.errors import UsageError
+from fmeta.errors import UsageError, check_number
 from fmeta.penalty.quadratic import no_penalty
 from fmeta.penalty.teacher import (
   first_teacher,
@@ -56,8 +56,11 @@ def lwf(
 
   Raises:
     UsageError: for heads or logits of another shape, labels that are no class
-      numbers, or a model state that was not announced.
+      numbers, a model state that was not announced, a number out of range,
+      or, at a task's end, no batches.
   """
+  check_number('lwf strength', strength)
+  check_number('lwf temperature', temperature, above=True)
   heads = heads if isinstance(heads, jax.Array) else np.asarray(heads)
   if np.ndim(heads) != 2 or heads.dtype != bool:
     raise UsageError(
@@ -106,7 +109,12 @@ def _divergence(
 
 def _seen(batches: Iterable[Batch], num_classes: int) -> Array:
   """bool [classes]: labels of rows of weight above zero."""
-  seen = jnp.zeros(num_classes, bool)
+  batches, seen = list(batches), jnp.zeros(num_classes, bool)
+  if not batches:
+    raise UsageError(
+      "no batches to read the task's classes from; give some of the task, as "
+      '`remember` of a train.Stage'
+    )
   for batch in batches:
     label = jnp.asarray(batch['label'])
     if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):

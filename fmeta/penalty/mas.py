@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
+from fmeta.errors import check_number
 from fmeta.fisher.mean import mean_over
 from fmeta.penalty.online_ewc import online_ewc
 from fmeta.types import (
@@ -31,7 +32,11 @@ def mas(strength: Scalar) -> Penalty:
 
   Args:
     strength: the paper's lambda, without a half. May be traced.
+
+  Raises:
+    UsageError: for a strength below 0, or, at a task's end, no batches.
   """
+  check_number('mas strength', strength)
   return online_ewc(2 * strength, output_sensitivity)
 
 

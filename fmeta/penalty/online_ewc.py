@@ -2,6 +2,7 @@
 
 import jax
 
+from fmeta.errors import check_number
 from fmeta.fisher import exact_fisher
 from fmeta.penalty.leaves import half_square, moving_leaves, own
 from fmeta.penalty.quadratic import Importance, ewc
@@ -30,7 +31,12 @@ def online_ewc(
     strength: may be traced.
     importance: from `fmeta.fisher`, as for `ewc`.
     gamma: in [0, 1]; 1 forgets no task. May be traced.
+
+  Raises:
+    UsageError: for a number out of range, or, at a task's end, no batches.
   """
+  check_number('online_ewc strength', strength)
+  check_number('online_ewc gamma', gamma, most=1)
   both = ewc(strength, importance)
 
   def value(trainable, params, state, batch, rng):

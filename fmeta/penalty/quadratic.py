@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fmeta import tree
+from fmeta.errors import UsageError, check_number
 from fmeta.fisher import exact_fisher
 from fmeta.penalty.leaves import half_square, moving_leaves, own, zeros_like
 from fmeta.types import Array, Params, Penalty, Scalar
@@ -29,6 +30,21 @@ def no_penalty() -> Penalty:
   )
 
 
+def require_penalty(penalty: Any) -> Penalty:
+  """The penalty itself.
+
+  Raises:
+    UsageError: for what is none, such as `ewc` without its strength.
+  """
+  if isinstance(penalty, Penalty):
+    return penalty
+  given = getattr(penalty, '__name__', type(penalty).__name__)
+  raise UsageError(
+    f'{given} is no penalty; give one such as ewc(1e3), several as '
+    'all_of(ewc(1e3), l2_sp(0.1))'
+  )
+
+
 def l2_sp(
   strength: Scalar, multipliers: tree.Patterns = (('.*', 1.0),)
 ) -> Penalty:
@@ -43,7 +59,11 @@ def l2_sp(
     multipliers: ordered `(pattern, m)` over the moving parameters; use
       `(('head/.*', 0.0), ('.*', 1.0))` so that a fresh head is not pulled to
       its random start.
+
+  Raises:
+    UsageError: for a strength below 0.
   """
+  check_number('l2_sp strength', strength)
 
   def init(trainable, params):
     return {'anchor': own(moving_leaves(trainable, params))}
@@ -83,7 +103,11 @@ def ewc(strength: Scalar, importance: Importance = exact_fisher) -> Penalty:
       `sampled_fisher` (labels drawn from the model) or `empirical_fisher`
       (the data's labels, which is no Fisher). All are means over examples,
       independent of the batch size.
+
+  Raises:
+    UsageError: for a strength below 0, or, at a task's end, no batches.
   """
+  check_number('ewc strength', strength)
 
   def init(trainable, params):
     moving = moving_leaves(trainable, params)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmeta.errors import UsageError
+from fmeta.errors import UsageError, check_number
 from fmeta.penalty.leaves import half_square, own, zeros_like
 from fmeta.penalty.quadratic import no_penalty
 from fmeta.types import Array, Params, Penalty, Scalar
@@ -49,10 +49,13 @@ def rwalk(
     eps: 1e-3 in the authors' code. All may be traced; none was tuned here.
 
   Raises:
-    UsageError: for an interval of no steps.
+    UsageError: for an interval of no steps, or a number out of range.
   """
-  if isinstance(every, int) and every < 1:
-    raise UsageError(f'every={every}; give at least 1 step')
+  check_number('rwalk strength', strength)
+  check_number('rwalk alpha', alpha, most=1)
+  check_number('rwalk eps', eps, above=True)
+  if isinstance(every, int | float) and (every < 1 or every % 1):
+    raise UsageError(f'every={every}; give at least 1 step, a whole number')
 
   def init(trainable, params):
     del params

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fmeta.errors import check_number
 from fmeta.penalty.leaves import half_square, own, zeros_like
 from fmeta.penalty.quadratic import no_penalty
 from fmeta.types import Penalty, Scalar
@@ -37,7 +38,12 @@ def si(strength: Scalar, xi: Scalar = 0.1) -> Penalty:
     strength: the paper's c, without a half. May be traced.
     xi: damping. 0.1 is the authors' for permuted MNIST (0.001 for split
       CIFAR). May be traced.
+
+  Raises:
+    UsageError: for a strength below 0, or a damping that is not above it.
   """
+  check_number('si strength', strength)
+  check_number('si xi', xi, above=True)
 
   def init(trainable, params):
     del params

@@ -35,8 +35,13 @@ def _parser() -> _Parser:
   parser = _Parser('python -m fmeta.report', description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.add_argument('runs', nargs='+', help='workdirs of runs')
-  parser.add_argument('--reference', help='method to take differences from')
-  parser.add_argument('--out', default='streams.html', help='HTML file')
+  parser.add_argument(
+    '--reference',
+    help='method to take differences from (the one of lowest accuracy)',
+  )
+  parser.add_argument(
+    '--out', default='streams.html', help='HTML file (streams.html)'
+  )
   return parser
 
 

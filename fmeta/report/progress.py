@@ -24,7 +24,7 @@ def averages(matrices: Mapping[str, Sequence[ArrayLike]]) -> Picture:
 
   Args:
     matrices: method -> accuracy matrices [T, T] of its seeds; two or more give
-      a band, the 95% t-interval.
+      a band, the 95% t-interval as far as it is an accuracy.
   """
   lines = []
   for name, runs in matrices.items():
@@ -32,7 +32,11 @@ def averages(matrices: Mapping[str, Sequence[ArrayLike]]) -> Picture:
     x = list(range(1, values.shape[1] + 1))
     ends = None
     if len(runs) > 1:
-      ends = [metrics.mean_t(column).ci95 for column in values.T]
+      # Two seeds may give -30 to 190 %, beside which no curve can be seen.
+      ends = [
+        (max(low, 0.0), min(high, 1.0))
+        for low, high in (metrics.mean_t(each).ci95 for each in values.T)
+      ]
     mean = values.mean(0).tolist()
     lines.append(Line(name, x, mean, ends))
   return curves(
@@ -88,6 +92,9 @@ def over_time(
     _label(
       figure, grid, len(tasks), 'tasks learned' if steps is None else 'steps'
     )
+    band = any(len(runs) > 1 for runs in accuracy.values())
+    how = '\n(mean, lowest to highest)' if band else ''
+    figure.supylabel(f'accuracy on the task (%){how}', fontsize=9)
     _legend(figure, list(accuracy), grid[0, 0].get_lines()[1:])
     return style.picture(figure, _alt(accuracy, tasks))
 
@@ -132,7 +139,6 @@ def _label(figure: Figure, grid, count: int, xlabel: str) -> None:
     MaxNLocator(4, integer=True, steps=[1, 2, 5, 10])
   )
   figure.supxlabel(xlabel, fontsize=9)
-  figure.supylabel('accuracy on the task (%)', fontsize=9)
 
 
 def _key_columns(names: Iterable[str]) -> int:

@@ -15,12 +15,27 @@ Scenario = Literal['task', 'class', 'none']
 
 
 def named_groups(groups: Groups) -> dict[str, list[int]]:
-  """The groups by name; `task_<k>` where they have none."""
+  """The groups by name; `task_<k>` where they have none.
+
+  Raises:
+    UsageError: for a group that is no list of integers.
+  """
   if isinstance(groups, Mapping):
     pairs = groups.items()
   else:
     pairs = ((f'task_{k}', group) for k, group in enumerate(groups))
-  return {str(name): [int(c) for c in group] for name, group in pairs}
+  return {str(name): _labels(name, group) for name, group in pairs}
+
+
+def _labels(name: str, group: Iterable[int]) -> list[int]:
+  labels = list(group) if isinstance(group, Iterable) else []
+  whole = all(isinstance(label, int | np.integer) for label in labels)
+  if not whole or not isinstance(group, Iterable):
+    raise UsageError(
+      f'group {name!r} is {group!r}; give each task a list of integer labels, '
+      'such as [[0, 1], [2, 3]]'
+    )
+  return [int(label) for label in labels]
 
 
 def class_orders(

@@ -1,9 +1,11 @@
 """Tasks: cutting labelled examples, and putting them together.
 
-Class-incremental: `by_classes`, labels unchanged. Task-incremental:
-`by_classes(..., relabel=True)`, labels within the task. Domain-incremental:
-`by_column`, `permuted` or `rotated`, the same labels in every task (the three
-scenarios of van de Ven & Tolias 2019, https://arxiv.org/abs/1904.07734).
+Class-incremental: `by_classes`, labels unchanged. Task-incremental: the same
+with `with_allowed` (one head, of which a task's classes may be answered), or
+`relabel=True` and a head per task. Domain-incremental: the same labels in every
+task, by `by_column`, `permuted` or `rotated`, or by `relabel=True` and one head
+(the three scenarios of van de Ven & Tolias 2019,
+https://arxiv.org/abs/1904.07734).
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,14 +41,21 @@ def by_classes(
     columns: examples with an integer `label`.
     groups: labels of each task, for example `[[0, 1], [2, 3]]`, or a mapping
       from task names to labels.
-    relabel: labels become positions in the task's group (task-incremental).
+    relabel: labels become positions in the task's group: one head of that
+      size for all tasks (domain-incremental) or a head each
+      (task-incremental).
 
   Raises:
     UsageError: no groups, an empty one, a class without examples or in two
-      groups.
+      groups, labels that are no integers.
   """
   check_columns(columns)
   label = column(columns, 'label')
+  if label.dtype.kind not in 'biu':
+    raise UsageError(
+      f"column 'label' holds {label.dtype}; by_classes cuts by integers: "
+      'number the classes, or cut by_column'
+    )
   named = named_groups(groups)
   _check_groups(named, label)
   return [

@@ -18,9 +18,11 @@ class Stage(NamedTuple):
     batches: `i -> batch`, pure; i counts from the stage's start.
     num_steps: at least 1.
     remember: what `learner.end_task` consolidates on; nothing: no
-      consolidation.
+      consolidation. EWC, MAS, LwF and what else reads data at a task's end
+      hold nothing back without it.
     ends_task: whether `learner.end_task` is called although there is nothing
-      to remember: a memory with a place per task moves on to the next.
+      to remember: SI and RWalk take stock, a memory with a place per task
+      moves on to the next.
     learner: takes this stage's steps; that of `fit` by default. Where it
       changes, `fmeta.retune` takes the state over.
     prepare: what `learner.begin_task` looks at before the first step; nothing:
@@ -161,6 +163,12 @@ class Settings:
         raise UsageError(
           f'stage {stage.name!r} has num_steps={stage.num_steps}; give >= 1'
         )
+      for name in ('remember', 'prepare'):
+        if isinstance(getattr(stage, name), Mapping):
+          raise UsageError(
+            f'`{name}` of stage {stage.name!r} is one batch; give a list of '
+            'batches, such as data.eval_batches(columns, size)'
+          )
       if (stage.remember or stage.prepare) and self.forward is None:
         raise UsageError(
           f'stage {stage.name!r} has batches to remember or to prepare with; '

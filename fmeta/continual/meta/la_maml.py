@@ -14,7 +14,8 @@ import optax
 from fmeta import optim, tree
 from fmeta.continual.beside import apart
 from fmeta.errors import UsageError
-from fmeta.learner import append, beside, finetune, rehearse
+from fmeta.learner import finetune, rehearse
+from fmeta.memory import append, beside
 from fmeta.meta import Inner, episode_loss
 from fmeta.types import Learner, LossFn, Memory, Params, Scalar
 

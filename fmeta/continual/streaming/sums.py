@@ -120,6 +120,11 @@ def linear_head(kernel: Array, bias: Array, seen: Array) -> dict[str, Array]:
 
 def linear_scores(head: dict[str, Array], features: Array) -> Array:
   """x K + b, [B, C]."""
+  if jnp.shape(features)[1:] != head['kernel'].shape[:1]:
+    raise UsageError(
+      f'features of shape {jnp.shape(features)}; give [B, '
+      f'{len(head["kernel"])}]'
+    )
   product = jnp.matmul(features, head['kernel'], precision='highest')
   return product + head['bias'][None, :]
 
@@ -130,7 +135,13 @@ def _rows(features, label, weight, dim):
     raise UsageError(
       f'features of shape {jnp.shape(features)}; give [B, {dim}]'
     )
+  size = len(features)
+  weight = jnp.ones(size) if weight is None else jnp.asarray(weight)
+  if jnp.shape(label) != (size,) or weight.shape != (size,):
+    raise UsageError(
+      f'labels of shape {jnp.shape(label)} and weight of shape {weight.shape} '
+      f'for {size} rows of features; give [B] of each'
+    )
   features = jnp.asarray(features, jnp.result_type(float))
-  weight = jnp.ones(len(label)) if weight is None else jnp.asarray(weight)
   # Chosen, not multiplied: padding may hold NaN.
   return jnp.where(weight[:, None] > 0, features, 0), weight
