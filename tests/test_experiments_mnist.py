@@ -1,5 +1,6 @@
 """Streams of MNIST, small, on images made here."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 
 from experiments import run as job
 from experiments.continual import bench as benches
-from experiments.continual import images, measured, rows, table
+from experiments.continual import images, measured, rows, settings, table
 from experiments.continual.mnist import permuted, protocol, split
 from fmeta import models, train
 from fmeta.datasets import mnist
@@ -81,6 +82,16 @@ def test_every_row_runs_in_every_scenario(tmp_path, scenario):
     seen = 5 * split.SMALL['iterations'] * split.SMALL['batch_size']
     more = name in ('er', 'er_ace', 'der_plus_plus', 'a_gem', 'gem')
     assert cost['examples'] > seen if more else cost['examples'] == seen
+
+
+def test_published_numbers_stand_beside_their_own_settings_only():
+  asked = dataclasses.replace(permuted.Config(), seeds=2, memory_size=20)
+  assert settings.as_published(asked)
+  for field in ('tasks', 'iterations', 'rate'):
+    value = getattr(asked, field) / 2
+    assert not settings.as_published(
+      dataclasses.replace(asked, **{field: value})
+    )
 
 
 def test_permuted_mnist_gives_a_table(tmp_path):
@@ -196,6 +207,8 @@ def test_intervals_are_of_t_over_seeds_and_none_for_one_seed():
     ('--config.batch_size=1', 'ER, equal compute takes 0.5 of a batch of 1'),
     ('--config.batch_size=100', 'batch_size 100 does not fit 80 examples'),
     ('--config.sizes=8,0', 'config.sizes is (8, 0)'),
+    ('--config.methods=none,er,none', "config.methods has 'none' twice"),
+    ('--config.strengths=ewc:1,si:1,ewc:2', "config.strengths has 'ewc' twice"),
   ],
 )
 def test_misuse_is_one_line(tmp_path, capsys, flag, said):

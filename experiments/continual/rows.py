@@ -255,5 +255,5 @@ def check_sizes(row: Row, recipe: Recipe) -> None:
   if row.replayed(recipe) > recipe.memory_size:
     raise fmeta.UsageError(
       f'{row.title} replays {row.replayed(recipe)} rows a step from a memory '
-      f'of {recipe.memory_size}; raise memory_size or lower batch_size'
+      f'of {recipe.memory_size}; give a memory_size of at least as many'
     )

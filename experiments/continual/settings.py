@@ -93,6 +93,7 @@ def check(config: Config, tunings: Collection[str] = ()) -> None:
   require(config, LEAST, ('rate',))
   for name in config.methods:
     rows.find(name, tunings)
+  _once('methods', config.methods)
   if not config.methods:
     raise fmeta.UsageError(
       f'config.methods is empty; give some of {", ".join(rows.ROWS)}'
@@ -118,7 +119,27 @@ def strengths_of(
         f'{name!r} has no strength; possible: {", ".join(with_one)}'
       )
     found[name] = _number(item, value, 'strength', 'method:number')
+  _once('strengths', [item.partition(':')[0] for item in given])
   return found
+
+
+def as_published(config: Config) -> bool:
+  """Whether a published number was measured with these settings.
+
+  Seeds, methods, memories and strengths may differ.
+  """
+  fields = 'sizes', 'iterations', 'batch_size', 'rate', 'train_examples'
+  fields += tuple(name for name in ('tasks',) if hasattr(config, name))
+  protocol = type(config)()
+  return all(getattr(config, k) == getattr(protocol, k) for k in fields)
+
+
+def _once(what: str, names: Sequence[str]) -> None:
+  twice = [name for k, name in enumerate(names) if name in names[:k]]
+  if twice:
+    raise fmeta.UsageError(
+      f'config.{what} has {twice[0]!r} twice; give it once'
+    )
 
 
 def rates_of(

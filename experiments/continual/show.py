@@ -107,7 +107,7 @@ def run(
     title,
     f'How much is forgotten in the {config.scenario} scenario?',
     made,
-    f'mean over {config.seeds} seeds; '
+    f'mean over {config.seeds} seed{"s" * (config.seeds > 1)}; '
     + (
       'each with its order of tasks; intervals over test rows; '
       if table.reorders
@@ -115,8 +115,8 @@ def run(
     )
     + f'{config.iterations} iterations a task, batches of '
     f'{config.batch_size}, Adam {config.rate:g}; memory of '
-    f'{config.memory_size} rows; importance over {config.fisher_examples} '
-    'rows of a task'
+    f'{config.memory_size} rows; importance over at most '
+    f'{config.fisher_examples} rows of a task'
     + (
       ''
       if published

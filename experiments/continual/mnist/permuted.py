@@ -51,5 +51,6 @@ def run(config: Config, context: Context) -> dict:
       config.sizes,
     ),
   )
-  published = PUBLISHED.get(config.scenario, {})
+  same = settings.as_published(config)
+  published = PUBLISHED.get(config.scenario, {}) if same else {}
   return show.run(made, 'Permuted MNIST', published, 'permuted_mnist.png')
