@@ -57,7 +57,7 @@ def retune(
     step=state.step,
     trainable=_put_back(kept, fresh.trainable),
     frozen=_put_back(kept, fresh.frozen),
-    opt_state=_slots(state.opt_state, before, fresh),
+    opt_state=carried_slots(state.opt_state, before, fresh),
     penalty_state=penalty_state,
     memory=_memory(state.memory, fresh.memory),
     dormant=dormant,
@@ -130,7 +130,7 @@ def _put_back(kept: Mapping[str, Any], fresh: Params) -> Params:
   return tree.map_with_name(value, fresh)
 
 
-def _parameter_of(name: str, params: set[str]) -> str | None:
+def parameter_of(name: str, params: set[str]) -> str | None:
   """The longest trailing path of a leaf's name that names a parameter."""
   while name and name not in params:
     name = name.partition('/')[2]
@@ -146,7 +146,7 @@ def _goes_on(
   """
   folders = {}
   for name, leaf in here.items():
-    parameter = _parameter_of(name, after)
+    parameter = parameter_of(name, after)
     if parameter is not None:
       folder = folders.setdefault(_folder(name, parameter), {})
       found = parameter in before and _alike(there.get(name), leaf)
@@ -160,14 +160,23 @@ def _folder(name: str, parameter: str | None = None) -> str:
   return name.rpartition('/')[0]
 
 
-def _slots(old_state: Any, before: set[str], fresh: TrainState) -> Any:
-  """The fresh optimiser state with what goes on put back."""
+def carried_slots(old_state: Any, before: set[str], fresh: TrainState) -> Any:
+  """The fresh optimiser state with what goes on put back.
+
+  Args:
+    old_state: of the optimiser so far.
+    before: names of the trainable leaves that go on.
+    fresh: as `learner.init` makes it.
+
+  Raises:
+    UsageError: as `retune`, for a count that some leaves share.
+  """
   after = set(tree.names(fresh.trainable))
   there, here = _named(old_state), _named(fresh.opt_state)
   folders = _goes_on(there, here, before, after)
 
   def value(name, leaf):
-    parameter = _parameter_of(name, after)
+    parameter = parameter_of(name, after)
     if parameter is not None:
       same = folders[_folder(name, parameter)][parameter]
     else:
