@@ -7,6 +7,7 @@ import toys
 
 import fmeta
 from fmeta import UsageError, adapters, continual, optim, penalty, tree
+from fmeta.continual.meta import boundaries_loss
 from fmeta.learner import finetune
 from fmeta.testing import assert_same
 
@@ -148,6 +149,15 @@ def test_penalties_consolidate_first_and_see_no_change():
   # Of a square of rounding: the anchor is where the model is.
   assert pull(state) < 1e-10
   assert pull(after_steps(learner, state)) > 1e-4
+
+
+def test_a_stream_inside_an_episode_is_refused():
+  inner = continual.fold(learner_of(optimizer=optim.sgd(0.1)))
+  loss = boundaries_loss(inner, LOSS, FORWARD, 1)
+  tasks = jax.tree.map(lambda x: np.stack([x, x])[None], BATCH)
+  batch = {'support': tasks, 'query': jax.tree.map(lambda x: x[None], BATCH)}
+  with pytest.raises(UsageError, match="end changes 'body/layer_0/kernel'"):
+    loss(PARAMS, {}, batch, KEY)
 
 
 @pytest.mark.parametrize('outside', [True, False])

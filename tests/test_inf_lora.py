@@ -187,11 +187,15 @@ def test_fewer_directions_than_the_rank_leave_columns_of_zeros():
   assert np.all(np.any(b[:3], 1)) and not np.any(b[3])
 
 
-def test_a_direction_that_is_hardly_new_is_orthogonal_to_the_basis():
+@pytest.mark.parametrize('large', [0.0, 1.0])
+def test_a_direction_that_is_hardly_new_is_orthogonal_to_the_basis(large):
+  """Beside old inputs only, and beside a direction that is new and large."""
   learner = learner_of(epsilon=1.0)
-  old, new = low_rank(3), low_rank(3, seed=1)
-  state = task(learner, learner.init(PARAMS, KEY), old)[-1]
-  near = {**old, 'x': old['x'] + 1e-4 * new['x']}
+  old, small, new = (low_rank(k, seed=k)['x'] for k in (3, 2, 1))
+  label = jnp.zeros(len(old), jnp.int32)
+  state = learner.init(PARAMS, KEY)
+  state = task(learner, state, {'x': old, 'label': label})[-1]
+  near = {'x': old + 3e-4 * small + large * new, 'label': label}
   a = a_of(learner.begin_task(state, FORWARD, [near], KEY))
   np.testing.assert_allclose(a.T @ a, np.eye(2), rtol=0, atol=1e-6)
   np.testing.assert_allclose(basis_of(state).T @ a, 0, rtol=0, atol=1e-6)

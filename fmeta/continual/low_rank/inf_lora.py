@@ -60,7 +60,7 @@ def inf_lora(
   Args:
     learner: tuned by `lora_fa`. Until a task has begun A is zero and the
       factors rest.
-    num_tasks: of the threshold; it stays at 1 for later tasks.
+    num_tasks: of the threshold; of later tasks all inputs are spanned.
     epsilon: in [0, 1]; 0.95 is that of their cifar100_inflora.json. May be
       traced.
     real: `batch -> [B] or [B, L]`, which rows, or places in them, are inputs;
@@ -113,8 +113,8 @@ def inf_lora(
     _require_begun(held)
     state = inner.end_task(_opened(state), forward, batches, rng)
     seen = inputs(state, forward, batches)
-    past = jnp.minimum(held['ended'] / num_tasks, 1)
-    energy = epsilon + (1 - epsilon) * past
+    # Beyond `num_tasks` it is above 1: all of the inputs.
+    energy = epsilon + (1 - epsilon) * held['ended'] / num_tasks
     basis = {
       name: grown(old, seen[name], energy)
       for name, old in held['basis'].items()
