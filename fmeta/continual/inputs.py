@@ -139,6 +139,10 @@ def new_directions(basis: Array, inputs: Array) -> tuple[Array, Array, Array]:
   columns = inputs.astype(basis.dtype).T
   # Twice: of inputs that hardly leave the basis, rounding is much of the rest.
   rest = without(basis, without(basis, columns))
+  if rest.shape[1] > rest.shape[0]:
+    # The same left vectors and values, and none of the many right vectors: a
+    # third of the time at 384 x 2,048 (CPU, 2026-11-26).
+    rest = jnp.linalg.qr(rest.T, mode='r').T
   left, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
   rounding = max(columns.shape) * jnp.finfo(basis.dtype).eps
   return left, singular, singular > rounding * jnp.linalg.norm(columns)
