@@ -7,8 +7,8 @@ from fmeta.errors import UsageError
 from fmeta.retune import carried_slots, parameter_of
 from fmeta.types import Array, Learner, TrainState
 
-# Folded into the key of a task's end, hence a number that no penalty has.
-BIRTH = 2**32 - 1
+# Folded into the key of a task's end: a number of no step, penalty or memory.
+BIRTH = 2**32 - 2
 
 
 def fold(learner: Learner) -> Learner:
