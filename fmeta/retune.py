@@ -130,7 +130,7 @@ def _put_back(kept: Mapping[str, Any], fresh: Params) -> Params:
   return tree.map_with_name(value, fresh)
 
 
-def _parameter_of(name: str, params: set[str]) -> str | None:
+def parameter_of(name: str, params: set[str]) -> str | None:
   """The longest trailing path of a leaf's name that names a parameter."""
   while name and name not in params:
     name = name.partition('/')[2]
@@ -146,7 +146,7 @@ def _goes_on(
   """
   folders = {}
   for name, leaf in here.items():
-    parameter = _parameter_of(name, after)
+    parameter = parameter_of(name, after)
     if parameter is not None:
       folder = folders.setdefault(_folder(name, parameter), {})
       found = parameter in before and _alike(there.get(name), leaf)
@@ -176,7 +176,7 @@ def carried_slots(old_state: Any, before: set[str], fresh: TrainState) -> Any:
   folders = _goes_on(there, here, before, after)
 
   def value(name, leaf):
-    parameter = _parameter_of(name, after)
+    parameter = parameter_of(name, after)
     if parameter is not None:
       same = folders[_folder(name, parameter)][parameter]
     else:

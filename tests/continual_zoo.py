@@ -9,7 +9,16 @@ import numpy as np
 import toys
 
 import fmeta
-from fmeta import continual, fisher, losses, memory, optim, penalty, train
+from fmeta import (
+  adapters,
+  continual,
+  fisher,
+  losses,
+  memory,
+  optim,
+  penalty,
+  train,
+)
 
 FEATURES, CLASSES = 6, 3
 TASKS, STEPS = 3, 12
@@ -28,11 +37,13 @@ class Method(NamedTuple):
     learner: makes it.
     remembers: whether it looks at a task's data again at its end.
     ends_task: whether it is told of a task's end besides.
+    prepares: whether it looks at a task's data before its first step.
   """
 
   learner: Callable[[], fmeta.Learner]
   remembers: bool = False
   ends_task: bool = False
+  prepares: bool = False
 
 
 def batch(task: int, index: int) -> dict[str, np.ndarray]:
@@ -76,6 +87,26 @@ def by_task(value_and_grad, whole: bool) -> fmeta.Learner:
   return replay(learner, held, fmeta.beside)
 
 
+def low_rank(tuning, **options) -> fmeta.Learner:
+  """With factors of rank two in the body, and a head."""
+  tuning = tuning('body/.*kernel', rank=2, also=('head/.*',))
+  return fmeta.finetune(
+    LOSS, fmeta.adamw_per_leaf(1e-2), tuning=tuning, **options
+  )
+
+
+def o_lora() -> fmeta.Learner:
+  """Beside a penalty that looks at the data."""
+  hold = penalty.all_of(continual.o_lora(1.0, TASKS), penalty.ewc(5.0))
+  return continual.fold(low_rank(adapters.lora, penalty=hold))
+
+
+def inf_lora() -> fmeta.Learner:
+  """With thresholds that leave a direction to later tasks."""
+  learner = low_rank(adapters.lora_fa)
+  return continual.inf_lora(learner, TASKS, epsilon=0.3)
+
+
 CRITERION = losses.softmax_cross_entropy
 TEACHER = penalty.lwf(FORWARD, 0.5, np.ones((1, CLASSES), bool))
 TWO = penalty.all_of(penalty.si(0.1), TEACHER)
@@ -110,6 +141,8 @@ METHODS = {
   'gem': Method(lambda: by_task(continual.gem(), True), False, True),
   'ogd': Method(held_back(continual.ogd(12, 4)), True),
   'gpm': Method(held_back(continual.gpm('.*kernel', energy=0.5)), True),
+  'o-lora': Method(o_lora, True),
+  'inf-lora': Method(inf_lora, True, prepares=True),
 }
 
 
@@ -122,6 +155,7 @@ def stages(method: Method) -> list[train.Stage]:
       STEPS,
       [batch(task, k) for k in range(2)] if method.remembers else (),
       ends_task=method.ends_task,
+      prepare=[batch(task, k) for k in range(2)] if method.prepares else (),
     )
     for task in range(TASKS)
   ]

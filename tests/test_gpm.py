@@ -205,6 +205,27 @@ def test_a_layer_that_runs_twice_on_sequences_holds_all_its_inputs():
   )
 
 
+def test_a_layer_run_on_rows_of_sequences_holds_those_of_real_examples():
+  class Rows(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      hidden = nn.Dense(4, name='body')(x.reshape(-1, 6))
+      return nn.Dense(3, name='head')(hidden.reshape(*x.shape[:2], 4).mean(1))
+
+  module = Rows()
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 6)), jnp.float32)
+  params = module.init(KEY, x)['params']
+  hold = continual.gpm('body/kernel', energy=1.0)
+  batch = {'x': x, 'weight': jnp.asarray([1.0, 0.0, 1.0])}
+  state = consolidated(
+    hold, hold.init(params, params), params, [batch], toys.forward_of(module)
+  )
+  basis = columns(state['basis']['body']['kernel'])
+  real = x[jnp.asarray([0, 2])].reshape(4, 6)
+  assert basis.shape[1] == 4
+  np.testing.assert_allclose(real @ basis @ basis.T, real, rtol=0, atol=1e-5)
+
+
 def test_a_frozen_kernel_has_no_basis():
   some, _ = tuning.select('head/.*').init(PARAMS, KEY)
   state = continual.gpm('.*/kernel', energy=0.9).init(some, PARAMS)

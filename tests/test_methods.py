@@ -136,6 +136,37 @@ GEM = rehearse(
   8,
   mix=beside,
 )
+LOW_RANK = {'also': ('head/.*',), 'rank': 2}
+O_LORA = finetune(
+  LOSS,
+  adamw_per_leaf(0.01),
+  tuning=adapters.lora(MATRICES, **LOW_RANK),
+  penalty=after_a_task(continual.o_lora(1.0, 3)),
+)
+INF_LORA = continual.inf_lora(
+  finetune(
+    LOSS,
+    adamw_per_leaf(0.01),
+    tuning=adapters.lora_fa(MATRICES, **LOW_RANK),
+  ),
+  3,
+  epsilon=0.3,
+)
+
+
+def in_second_task(learner):
+  """The learner, which starts as one task has left it and the next begun."""
+  first, second = ([toys.batch_of(5, seed=k)] for k in (40, 41))
+
+  def init(params, rng, model_state=None):
+    state = learner.init(params, rng, model_state)
+    state = learner.begin_task(state, FORWARD, first, rng)
+    state = learner.end_task(state, FORWARD, first, rng)
+    return learner.begin_task(state, FORWARD, second, rng)
+
+  return learner._replace(init=init)
+
+
 GPM = after_a_task(continual.gpm(MATRICES, energy=0.7))
 
 ROWS = {
@@ -193,6 +224,9 @@ ROWS = {
     LOSS, SGD, tuning=SURGERY, penalty=after_a_task(continual.ogd(8, 4))
   ),
   'gpm': finetune(LOSS, SGD, penalty=GPM),
+  'lora_fa': finetune(LOSS, CLIPPED, tuning=adapters.lora_fa(MATRICES, rank=2)),
+  'o_lora': continual.fold(O_LORA),
+  'inf_lora': in_second_task(INF_LORA),
   'ema mixout sam': finetune(
     STILL,
     averaging.ema(SGD, 0.9),
@@ -232,6 +266,11 @@ META_ROWS = {
   'ema mixout sam': ROWS['ema mixout sam'],
   # Through the dual as well.
   'gem': GEM,
+  'lora_fa': finetune(LOSS, SGD, tuning=adapters.lora_fa(MATRICES, rank=2)),
+  # With factors of an earlier task.
+  'o_lora': finetune(
+    LOSS, SGD, tuning=LORA, penalty=after_a_task(continual.o_lora(1.0, 3))
+  ),
 }
 
 

@@ -80,6 +80,7 @@ ROWS = {
     methods.LORA,
     optimizer=optim.adamw(0.01, multipliers=adapters.lora_plus()),
   ),
+  'lora_fa': Row(adapters.lora_fa(MATRICES, rank=2, also=(HEAD,))),
   'rslora': Row(adapters.rslora(MATRICES, rank=2)),
   'dora': Row(adapters.dora(MATRICES, rank=2)),
   'pissa': Row(methods.PISSA),

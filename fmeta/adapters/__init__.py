@@ -14,6 +14,7 @@ from fmeta.adapters.entry import check_exportable
 from fmeta.adapters.factors import run_merged
 from fmeta.adapters.ia3 import ia3, ia3_init
 from fmeta.adapters.lora import lora, lora_init, lora_merged, lora_plus, rslora
+from fmeta.adapters.lora_fa import lora_fa
 from fmeta.adapters.names import kernel_name
 from fmeta.adapters.norms import running_statistics
 from fmeta.adapters.pissa import pissa, pissa_init, pissa_to_lora
@@ -35,6 +36,7 @@ __all__ = [
   'ia3_init',
   'kernel_name',
   'lora',
+  'lora_fa',
   'lora_init',
   'lora_merged',
   'lora_plus',

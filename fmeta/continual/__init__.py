@@ -11,6 +11,7 @@ from fmeta.continual.icarl import (
   icarl_loss,
   nearest_exemplars,
 )
+from fmeta.continual.low_rank import fold, inf_lora, o_lora
 from fmeta.continual.masking import masked, masked_forward
 from fmeta.continual.ogd import ogd
 from fmeta.continual.qp import nonnegative_qp
@@ -27,16 +28,19 @@ __all__ = [
   'ease_forward',
   'er_ace',
   'fit_bias',
+  'fold',
   'gdumb',
   'gem',
   'gpm',
   'held_columns',
   'icarl_columns',
   'icarl_loss',
+  'inf_lora',
   'masked',
   'masked_forward',
   'nearest_exemplars',
   'nonnegative_qp',
+  'o_lora',
   'ogd',
   'task_by_task',
   'today',

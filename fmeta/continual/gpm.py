@@ -1,15 +1,20 @@
 """Gradient projection memory: kernels move where past inputs are not."""
 
-import functools
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
 from fmeta import tree
+from fmeta.continual.inputs import (
+  check_dense,
+  dense_inputs,
+  empty_basis,
+  grown,
+  wide,
+  without,
+)
 from fmeta.errors import UsageError, check_number
 from fmeta.penalty import no_penalty
-from fmeta.types import Array, Params, Penalty, Scalar
+from fmeta.types import Params, Penalty, Scalar
 
 
 def gpm(*patterns: str, energy: Scalar) -> Penalty:
@@ -52,10 +57,7 @@ def gpm(*patterns: str, energy: Scalar) -> Penalty:
 
   def init(trainable, params):
     kernels = _kernels(patterns, trainable, params)
-    basis = tree.map_with_name(
-      lambda name, w: jnp.zeros((len(w), len(w)), _wide(w.dtype)), kernels
-    )
-    return {'basis': basis}
+    return {'basis': jax.tree.map(empty_basis, kernels)}
 
   def direct(grads, state):
     held = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
@@ -63,8 +65,8 @@ def gpm(*patterns: str, energy: Scalar) -> Penalty:
 
     def one(name, grad):
       if name in held:
-        wide = grad.astype(_wide(grad.dtype))
-        return _without(held[name], wide).astype(grad.dtype)
+        free = without(held[name], grad.astype(wide(grad.dtype)))
+        return free.astype(grad.dtype)
       if name in owner:
         # The first column is there as soon as any is.
         return jnp.where(held[owner[name]][:, 0].any(), 0, grad)
@@ -74,25 +76,18 @@ def gpm(*patterns: str, energy: Scalar) -> Penalty:
 
   def consolidate(state, trainable, params, model_state, forward, batches, rng):
     del trainable, rng
-    names = tuple(_names(state))
-    seen = [
-      _inputs(forward, names, params, model_state, batch) for batch in batches
-    ]
-    if not seen or not names:
+    names, batches = _names(state), list(batches)
+    if not batches or not names:
       return state
-    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *seen)
+    seen = dense_inputs(forward, names, params, model_state, batches)
     basis = tree.map_with_name(
-      lambda name, held: _grown(held, joined[name], energy), state['basis']
+      lambda name, held: grown(held, seen[name], energy), state['basis']
     )
     return {'basis': basis}
 
   return no_penalty()._replace(
     init=init, direct=direct, consolidate=consolidate
   )
-
-
-def _wide(dtype):
-  return jnp.promote_types(dtype, jnp.float32)
 
 
 def _names(state) -> list[str]:
@@ -120,78 +115,5 @@ def _kernels(patterns, trainable, params: Params) -> Params:
   for name, leaf in zip(
     tree.names(kernels), jax.tree.leaves(kernels), strict=True
   ):
-    if leaf.ndim != 2 or not name.endswith('kernel'):
-      raise UsageError(
-        f'{name!r} {list(leaf.shape)} is no kernel of nn.Dense, [in, out]; '
-        "give patterns such as 'body/.*/kernel'"
-      )
+    check_dense(name, leaf)
   return kernels
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _inputs(forward, names, params, model_state, batch) -> Mapping[str, Array]:
-  """Name -> [N, in]: what each layer is run on; rows of no weight are zero."""
-  import flax.linen as nn
-
-  size = jax.tree.leaves(batch)[0].shape[0]
-  real = batch.get('weight', jnp.ones(size)) > 0
-  seen = {name: [] for name in names}
-
-  def watch(next_fun, args, kwargs, context):
-    name = '/'.join((*context.module.path, 'kernel'))
-    called = context.method_name == '__call__'
-    if isinstance(context.module, nn.Dense) and called and name in seen:
-      seen[name].append(_real_rows(name, args[0], real))
-    return next_fun(*args, **kwargs)
-
-  with nn.intercept_methods(watch):
-    forward(params, model_state, batch, None)
-  missed = [name for name in names if not seen[name]]
-  if missed:
-    raise UsageError(
-      f'no nn.Dense ran with {missed[0]!r}, so gpm cannot tell its inputs; '
-      'leave it out of the patterns'
-    )
-  return {name: jnp.concatenate(found) for name, found in seen.items()}
-
-
-def _real_rows(name, x, real):
-  if x.shape[0] != len(real):
-    raise UsageError(
-      f'{name!r} is run on {x.shape}, whose first axis is not the batch of '
-      f'{len(real)}; leave it out of the patterns of gpm'
-    )
-  x = x.astype(_wide(x.dtype)).reshape(len(real), -1, x.shape[-1])
-  return jnp.where(real[:, None, None], x, 0).reshape(-1, x.shape[-1])
-
-
-def _without(basis: Array, columns: Array) -> Array:
-  """What is orthogonal to the basis; its columns of zeros do nothing."""
-  # Not in the reduced precision that is a default on accelerators.
-  within = jnp.matmul(basis.T, columns, precision='highest')
-  return columns - jnp.matmul(basis, within, precision='highest')
-
-
-@jax.jit
-def _grown(basis: Array, inputs: Array, energy: Scalar) -> Array:
-  """The basis [n, n] with the directions of inputs [N, n] that it lacks."""
-  columns = inputs.astype(basis.dtype).T
-  total = jnp.sum(columns**2)
-  # Twice: of inputs that hardly leave the basis, rounding is much of the rest.
-  rest = _without(basis, _without(basis, columns))
-  left, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
-  # What would still lack without each; summed from the smallest on.
-  lacking = jnp.cumsum(singular[::-1] ** 2)[::-1]
-  rounding = max(columns.shape) * jnp.finfo(basis.dtype).eps
-  real = singular > rounding * jnp.sqrt(total)
-  wanted = (lacking > (1 - energy) * total) & real
-  return _filled(basis, left, wanted.sum())
-
-
-def _filled(basis, new, number):
-  """Puts the first columns of `new` behind those of the basis."""
-  held = jnp.any(basis != 0, axis=0).sum()
-  place = jnp.arange(basis.shape[1]) - held
-  moved = new[:, jnp.clip(place, 0, new.shape[1] - 1)]
-  take = (place >= 0) & (place < number)
-  return basis + jnp.where(take[None], moved, 0)

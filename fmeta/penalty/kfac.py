@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from fmeta import tree
 from fmeta.errors import UsageError, check_number
 from fmeta.fisher import exact_fisher
 from fmeta.fisher.kronecker import bias_of, kronecker_fisher
 from fmeta.fisher.labels import Labels, summed_over
-from fmeta.penalty.leaves import moving_leaves
+from fmeta.penalty.leaves import moving_leaves, require_room
 from fmeta.penalty.quadratic import Importance, no_penalty
 from fmeta.types import Array, Params, Penalty, Scalar
 
@@ -95,7 +94,7 @@ def ewc_kfac(
     return 0.5 * strength * _quadratic(moved, state)
 
   def consolidate(state, trainable, params, model_state, forward, batches, rng):
-    _require_room(state['tasks'], num_tasks)
+    require_room('ewc_kfac', state['tasks'], num_tasks)
     moving = moving_leaves(trainable, params)
     chosen = _chosen(moving, kernels)
     given = params, model_state, list(batches), rng
@@ -133,15 +132,6 @@ def _split(moving: Params, chosen: Iterable[str]) -> tuple[Params, Params]:
   """The leaves of layers with factors, and the rest."""
   names = {name for kernel in chosen for name in (kernel, bias_of(kernel))}
   return tree.partition(moving, names.__contains__)
-
-
-def _require_room(tasks: Array, num_tasks: int) -> None:
-  # A traced count cannot be asked; `consolidate` then keeps NaN.
-  if not isinstance(tasks, Tracer) and tasks >= num_tasks:
-    raise UsageError(
-      f'ewc_kfac has room for num_tasks={num_tasks} tasks, and this is one '
-      'more; give it the number of tasks whose end it is to remember'
-    )
 
 
 def _factors(

@@ -7,6 +7,7 @@ trainable leaves themselves, for which alone a step has gradients.
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from fmeta import tree
 from fmeta.errors import UsageError
@@ -49,3 +50,23 @@ def half_square(values: Params, anchor: Params, weights: Params) -> Array:
     lambda x, a, w: jnp.sum(w * (x - a) ** 2), values, anchor, weights
   )
   return 0.5 * sum(jax.tree.leaves(terms), jnp.zeros(()))
+
+
+def require_room(what: str, tasks: Array, num_tasks: int) -> None:
+  """Refuses one task more than a state of fixed size has places for.
+
+  A traced number cannot be asked; let the state become NaN then.
+
+  Args:
+    what: names the penalty in the error.
+    tasks: remembered so far.
+    num_tasks: places.
+
+  Raises:
+    UsageError: if there is none left.
+  """
+  if not isinstance(tasks, Tracer) and tasks >= num_tasks:
+    raise UsageError(
+      f'{what} has room for num_tasks={num_tasks} tasks, and this is one more; '
+      'give it the number of tasks whose end it is to remember'
+    )

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fmeta import through
+from fmeta import through, tree
+from fmeta.errors import UsageError
 from fmeta.learner import adapt
 from fmeta.meta import (
   ADAPT,
@@ -15,7 +16,7 @@ from fmeta.meta import (
   inner_learner,
   per_task,
 )
-from fmeta.types import Aux, Forward, LossFn
+from fmeta.types import Aux, Forward, LossFn, Params
 
 # Another stream of randomness within one episode.
 END = QUERY + 1
@@ -55,6 +56,9 @@ def boundaries_loss(
     A `LossFn` of `{'support': [episodes, tasks, rows, ...], 'query':
     [episodes, rows, ...]}`; its unit of weight is an episode and its outputs
     are the query outputs. Model state is an input only.
+
+  Raises:
+    UsageError: when traced, if a task's end changes frozen leaves (`fold`).
   """
 
   def loss(params, model_state, batch, rng):
@@ -76,6 +80,7 @@ def boundaries_loss(
         )
         end = jax.random.fold_in(ends, state.step)
         state = learner.end_task(state, forward, [support], end)
+        _require_same(frozen, state.frozen)
         return state.replace(frozen={}), None
 
       begun = state.replace(frozen={})
@@ -94,3 +99,13 @@ def boundaries_loss(
     return values.mean(), Aux(model_state, metrics, weight, outputs)
 
   return loss
+
+
+def _require_same(frozen: Params, after: Params) -> None:
+  leaves = jax.tree.leaves(frozen), jax.tree.leaves(after)
+  for name, old, new in zip(tree.names(frozen), *leaves, strict=True):
+    if new is not old:  # an unchanged leaf is handed on
+      raise UsageError(
+        f"a task's end changes {name!r}, which is frozen and a constant of the "
+        'stream inside an episode; use a learner that does not fold'
+      )
