@@ -20,6 +20,7 @@ CONFIG = models.BertConfig(
 MODULE = models.BertClassifier(CONFIG, num_classes=3)
 FORWARD = models.forward(MODULE)
 QUERY = models.forward(MODULE, method='embed')
+ASKING = FORWARD, QUERY
 RUN = jax.jit(FORWARD)
 KEY = jax.random.key(7)
 BATCH = {

@@ -17,7 +17,8 @@ SIZE, LENGTH, CHOSEN, STRENGTH = 7, 2, 2, 0.7
 TABLE = 'body/embeddings/word/embedding'
 TUNING = prompts.l2p_tuning(size=SIZE, length=LENGTH, also=('head/.*',))
 GROWN, TRAINABLE = prompted.grown(TUNING)
-KEYS = jnp.concatenate([prompted.near_queries([0, 1, 2, 3]), -jnp.ones((3, 8))])
+NEAR = prompted.near_queries([0, 1, 2, 3])
+KEYS = jnp.concatenate([NEAR, -NEAR[:3]])
 GROWN = siblings.grow(GROWN, {f'{TABLE}.pool_keys': KEYS})
 RUN = jax.jit(prompts.l2p_forward(FORWARD, QUERY, CHOSEN))
 LOSS = prompts.l2p_loss(
@@ -219,7 +220,7 @@ def test_a_model_without_a_place_for_prompts_is_refused():
     return jnp.zeros((ROWS, 3)), model_state
 
   # Of another shape than any prompt that has entered a model.
-  tuning = prompts.l2p_tuning(size=2, length=4, also=('head/.*',))
+  tuning = prompts.l2p_tuning(size=2, length=5, also=('head/.*',))
   params, _ = prompted.grown(tuning)
   with pytest.raises(UsageError, match='never entered the model'):
     prompts.l2p_forward(deaf, QUERY, 1)(params, {}, BATCH, None)
