@@ -132,6 +132,12 @@ def test_a_prefix_is_the_weighted_sum_of_the_components_so_far(tasks):
   testing.assert_same(after(tasks), state, 'model state')
 
 
+def test_a_task_that_comes_again_is_the_one_at_hand_and_none_is_forgotten():
+  found, state = RUN(GROWN, after(3), at_task(0), prompted.KEY)
+  np.testing.assert_allclose(found, by_hand(GROWN, 1), rtol=1e-5, atol=1e-6)
+  assert state['prompts'] == {'task': 0, 'seen': 3}
+
+
 def test_components_of_later_tasks_do_not_count():
   later = {name: tree.get(GROWN, name).at[2:].set(1e3) for name in OWN}
   other = siblings.grow(GROWN, later)

@@ -6,8 +6,9 @@ query is a `Forward` of [B, D]; there are two:
   models.forward(module, method='embed')   computed, a second forward pass
   given_query                              read from `batch['query']`
 
-A frozen feature never changes, so to compute it once and give it as a column
-`query` halves the price of an epoch and changes nothing.
+A frozen feature never changes, so computing it once and giving it as a column
+`query` changes nothing and saves a third of a step's FLOPs (CODA-Prompt in
+five layers at MiniLM's width, 16 x 32 tokens; 2026-11-26).
 """
 
 import jax
