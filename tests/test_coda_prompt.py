@@ -289,13 +289,10 @@ def test_adam_leaves_other_tasks_bitwise_alone_on_one_trace():
 
 
 def test_coda_prompt_is_a_learner():
+  # Not Adam: on this BERT plain `adapters.prefix` under it is not bitwise
+  # the same in a scan and in a loop (a last bit); tests/continual_zoo.py has it.
   optimizer = prompts.of_this_task(optim.sgd(1e-2), prompts.CODA_PROMPT)
   testing.check_learner(learner_of(optimizer), PARAMS, BATCH)
-
-
-def test_coda_prompt_is_a_learner_as_users_compile_it(as_users):
-  # float32 sums of four rows in another order
-  testing.check_learner(learner_of(ADAM), PARAMS, BATCH, vmap_tolerance=1e-5)
 
 
 def test_the_gradient_through_steps_is_that_of_differences():

@@ -227,25 +227,20 @@ def test_a_late_task_moves_as_under_a_new_optimiser():
 
 
 def test_dual_prompt_is_a_learner():
+  # Not Adam: on this BERT plain `adapters.prefix` under it is not bitwise
+  # the same in a scan and in a loop (a last bit); tests/continual_zoo.py has it.
   optimizer = prompts.of_this_task(optim.sgd(1e-2), prompts.DUAL_PROMPT)
   testing.check_learner(learner_of(optimizer), PARAMS, BATCH)
 
 
-def test_dual_prompt_is_a_learner_as_users_compile_it(as_users):
-  optimizer = prompts.of_this_task(adam_per_entry(0.01), prompts.DUAL_PROMPT)
-  learner = learner_of(optimizer)
-  # float32 sums of four rows in another order
-  testing.check_learner(learner, PARAMS, BATCH, vmap_tolerance=1e-5)
-
-
 def test_a_task_beyond_the_last_is_loud():
-  (loss, _), _ = SLOPE(
+  (loss, aux), _ = SLOPE(
     GROWN,
     after(0),
     {**BATCH, 'task': np.full(ROWS, TASKS, np.int32)},
     prompted.KEY,
   )
-  assert np.isnan(loss)
+  assert np.isnan(loss) and np.all(np.isnan(aux.outputs))
   learner = learner_of(optim.sgd(0.1))
   state = learner.init(PARAMS, prompted.KEY)
   for _ in range(TASKS):
