@@ -290,7 +290,7 @@ def test_adam_leaves_other_tasks_bitwise_alone_on_one_trace():
 
 def test_coda_prompt_is_a_learner():
   # Not Adam: on this BERT plain `adapters.prefix` under it is not bitwise
-  # the same in a scan and in a loop (a last bit); tests/continual_zoo.py has it.
+  # the same in a scan and in a loop (a last bit). continual_zoo has Adam.
   optimizer = prompts.of_this_task(optim.sgd(1e-2), prompts.CODA_PROMPT)
   testing.check_learner(learner_of(optimizer), PARAMS, BATCH)
 

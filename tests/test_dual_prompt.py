@@ -228,7 +228,7 @@ def test_a_late_task_moves_as_under_a_new_optimiser():
 
 def test_dual_prompt_is_a_learner():
   # Not Adam: on this BERT plain `adapters.prefix` under it is not bitwise
-  # the same in a scan and in a loop (a last bit); tests/continual_zoo.py has it.
+  # the same in a scan and in a loop (a last bit). continual_zoo has Adam.
   optimizer = prompts.of_this_task(optim.sgd(1e-2), prompts.DUAL_PROMPT)
   testing.check_learner(learner_of(optimizer), PARAMS, BATCH)
 
