@@ -1,11 +1,11 @@
 """Every continual method on a small stream, for tests that take them all."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import prompted
 import toys
 
 import fmeta
@@ -19,6 +19,7 @@ from fmeta import (
   penalty,
   train,
 )
+from fmeta.continual.prompts import CODA_PROMPT, DUAL_PROMPT
 
 FEATURES, CLASSES = 6, 3
 TASKS, STEPS = 3, 12
@@ -37,12 +38,16 @@ class Method(NamedTuple):
     learner: makes it.
     remembers: whether it looks at a task's data again at its end.
     ends_task: whether it is told of a task's end besides.
+    params: what it starts from.
+    to_batch: what the model takes of a batch.
     prepares: whether it looks at a task's data before its first step.
   """
 
   learner: Callable[[], fmeta.Learner]
   remembers: bool = False
   ends_task: bool = False
+  params: fmeta.types.Params = PARAMS
+  to_batch: Callable[[dict], dict] = dict
   prepares: bool = False
 
 
@@ -108,6 +113,55 @@ def inf_lora() -> fmeta.Learner:
 
 
 CRITERION = losses.softmax_cross_entropy
+
+
+def text(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Words in place of features, for prompts."""
+  ids = np.clip(columns['x'] + 5, 0, prompted.CONFIG.vocab_size - 1)
+  ids = ids[:, :4].astype(np.int32)
+  seen = np.ones_like(ids)
+  return {'input_ids': ids, 'attention_mask': seen, 'label': columns['label']}
+
+
+def prompts(loss, suffixes=(), **options) -> fmeta.Learner:
+  """On a tiny BERT; with suffixes, of a method that counts tasks."""
+  if not suffixes:
+    return finetune(loss, **options)
+  optimizer = continual.of_this_task(optim.adam(1e-2), suffixes)
+  learner = fmeta.finetune(loss, optimizer, **options)
+  return continual.counting_tasks(learner, TASKS)
+
+
+def l2p() -> fmeta.Learner:
+  """Two of four prompts."""
+  loss = continual.l2p_loss(*prompted.ASKING, CRITERION, chosen=2, strength=0.5)
+  return prompts(loss, tuning=continual.l2p_tuning(size=4, length=1))
+
+
+def dual_prompt() -> fmeta.Learner:
+  """A general prompt in one layer, experts in the other."""
+  tuning = continual.dual_prompt_tuning(
+    general=(prompted.FIRST,),
+    expert=(prompted.SECOND,),
+    tasks=TASKS,
+    general_length=1,
+    expert_length=2,
+  )
+  loss = continual.dual_prompt_loss(*prompted.ASKING, CRITERION, 0.5)
+  return prompts(loss, DUAL_PROMPT, tuning=tuning)
+
+
+def coda_prompt() -> fmeta.Learner:
+  """Two components a task in one layer."""
+  tuning = continual.coda_prompt_tuning(
+    prompted.SECOND, tasks=TASKS, per_task=2, length=1
+  )
+  run = continual.coda_prompt_forward(*prompted.ASKING)
+  held = continual.coda_prompt_penalty(0.1)
+  loss = losses.supervised(run, CRITERION)
+  return prompts(loss, CODA_PROMPT, tuning=tuning, penalty=held)
+
+
 TEACHER = penalty.lwf(FORWARD, 0.5, np.ones((1, CLASSES), bool))
 TWO = penalty.all_of(penalty.si(0.1), TEACHER)
 
@@ -143,6 +197,13 @@ METHODS = {
   'gpm': Method(held_back(continual.gpm('.*kernel', energy=0.5)), True),
   'o-lora': Method(o_lora, True),
   'inf-lora': Method(inf_lora, True, prepares=True),
+  'l2p': Method(l2p, params=prompted.PARAMS, to_batch=text),
+  'dual prompt': Method(
+    dual_prompt, False, True, prompted.PARAMS, to_batch=text
+  ),
+  'coda prompt': Method(
+    coda_prompt, False, True, prompted.PARAMS, to_batch=text
+  ),
 }
 
 
@@ -151,7 +212,7 @@ def stages(method: Method) -> list[train.Stage]:
   return [
     train.Stage(
       f'task_{task}',
-      functools.partial(batch, task),
+      lambda index, task=task: method.to_batch(batch(task, index)),
       STEPS,
       [batch(task, k) for k in range(2)] if method.remembers else (),
       ends_task=method.ends_task,

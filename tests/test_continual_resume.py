@@ -76,7 +76,7 @@ def test_twenty_deaths_change_no_bit(name, tmp_path):
   method = zoo.METHODS[name]
   learner = method.learner()
   program = train.Program(learner)
-  start = learner.init(zoo.PARAMS, KEY)
+  start = learner.init(method.params, KEY)
   options = {
     'forward': zoo.FORWARD,
     'steps_per_dispatch': 3,

@@ -150,6 +150,7 @@ def test_one_place_updates_parameters():
   # A transformation around another one hands the gradient on to it.
   wrapped = [
     ('continual.plasticity.backprop', 'inner_optimizer.update'),
+    ('continual.prompts.tasks', 'inner.update'),
     ('per_leaf', 'inner.update'),
   ]
   assert sorted(updated) == sorted([('learner', 'optimizer.update'), *wrapped])

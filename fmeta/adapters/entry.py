@@ -37,6 +37,29 @@ def note(name: str, leaf: Array) -> Array:
   return leaf
 
 
+def check_entered(params: Params, suffixes: tuple[str, ...]) -> None:
+  """Refuses leaves that no model has run with.
+
+  Args:
+    params: only leaves of these suffixes are looked at.
+    suffixes: of their names.
+
+  Raises:
+    UsageError: naming the first.
+  """
+  missed = [
+    name
+    for name, shape in siblings.tree_shapes(params).items()
+    if name.endswith(suffixes) and (name, shape) not in _ENTERED
+  ]
+  if missed:
+    raise UsageError(
+      f'{missed[0]!r} (and {len(missed) - 1} more) never entered the model: '
+      'use models.forward, or wrap your own Forward in adapters.entering, '
+      'and see that the model has such a place'
+    )
+
+
 def entering_tuning(
   born: siblings.Born, suffixes: tuple[str, ...], also: tuple[str, ...]
 ) -> Tuning:
@@ -55,17 +78,7 @@ def entering_tuning(
   def intercept(trainable, frozen):
     with running_statistics(trainable, frozen):
       yield tree.combine(frozen, trainable)
-    missed = [
-      name
-      for name, shape in siblings.tree_shapes(trainable).items()
-      if name.endswith(suffixes) and (name, shape) not in _ENTERED
-    ]
-    if missed:
-      raise UsageError(
-        f'{missed[0]!r} (and {len(missed) - 1} more) never entered the model: '
-        'use models.forward, or wrap your own Forward in adapters.entering, '
-        'and see that the model has such a place'
-      )
+    check_entered(trainable, suffixes)
 
   return Tuning(
     init=siblings.splitter(born, suffixes, also),

@@ -4,7 +4,7 @@ The leaves stand beside the projections that make the other keys and values:
 `<attention>/key/kernel.prefix` and `<attention>/value/kernel.prefix`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -39,7 +39,7 @@ def prefix_init(
   if length < 0:
     raise UsageError(f'prefix of length {length}; give at least 0')
   names = siblings.owners(params, patterns)
-  _pairs(names)
+  pairs_of(names)
   leaves = {}
   for name in names:
     kernel, path = tree.get(params, name), siblings.module_path(name)
@@ -56,8 +56,12 @@ def prefix_init(
   return siblings.grow(params, leaves)
 
 
-def _pairs(names) -> dict[str, tuple[str, str]]:
-  """`{attention: (key's leaf, value's leaf)}`."""
+def pairs_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+  """`{attention: (key's leaf, value's leaf)}`.
+
+  Raises:
+    UsageError: if a key comes without its value.
+  """
   found: dict[str, dict[str, str]] = {}
   for name in names:
     attention, _, part = siblings.module_path(name).rpartition('/')
@@ -75,8 +79,8 @@ def enter(leaves: entry.Leaves, shapes: Mapping) -> entry.Interceptor:
   """Answers the models' hooks `past` and `first_position`; see `entering`."""
   del shapes
   prefixes = leaves[PREFIX]
-  pairs = _pairs(prefixes)
-  length = max(len(leaf) for leaf in prefixes.values())
+  pairs = pairs_of(prefixes)
+  length = max(leaf.shape[-2] for leaf in prefixes.values())
 
   def interceptor(next_fun, args, kwargs, context):
     path = '/'.join(context.module.path)

@@ -23,7 +23,12 @@ from fmeta.models.bert_layers import (
   dense,
 )
 from fmeta.models.dropout import drop, keep, linear_decay, path_scales
-from fmeta.models.pooling import POOLINGS, pool, pool_packed
+from fmeta.models.pooling import (
+  POOLINGS,
+  pool,
+  pool_packed,
+  pool_prompt,
+)
 from fmeta.types import Array
 
 
@@ -58,7 +63,7 @@ class Body(nn.Module):
   def prompt_length(self) -> int:
     """How many states stand before those of a row's own tokens."""
     prompt = self.embeddings.prompt()
-    return 0 if prompt is None else len(prompt)
+    return 0 if prompt is None else prompt.shape[-2]
 
   def seen(self, attention_mask: Array) -> Array:
     """The additive mask of rows [B, L]; a prompt is never padding."""
@@ -120,7 +125,8 @@ class BertClassifier(nn.Module):
     config: the sizes.
     num_classes: outputs of the head; None: no head, calls return embeddings.
     pooling: 'mean' over the tokens of `attention_mask` (Sentence-BERT,
-      Reimers & Gurevych 2019), or 'cls', the first token.
+      Reimers & Gurevych 2019), 'cls', the first token, or 'prompt', the mean
+      over the states of a prompt (L2P).
   """
 
   config: BertConfig
@@ -268,9 +274,11 @@ class BertClassifier(nn.Module):
       self.config.num_layers,
       deterministic,
     )
+    length = self.body.prompt_length()
+    if self.pooling == 'prompt':
+      return pool_prompt(states[-1][:, :length])
     # A prompt has no share in the pooled vector.
-    own = states[-1][:, self.body.prompt_length() :]
-    return pool(own, attention_mask, self.pooling)
+    return pool(states[-1][:, length:], attention_mask, self.pooling)
 
   def _check_layer(self, layer: int):
     if not 0 <= layer <= self.config.num_layers:

@@ -184,7 +184,10 @@ class Embeddings(nn.Module):
   config: BertConfig
 
   def prompt(self) -> Array | None:
-    """A hook: embeddings [P, H] put before every row; none by default."""
+    """A hook: embeddings put before every row; none by default.
+
+    [P, H] for all rows, or [B, P, H].
+    """
     return None
 
   def first_position(self) -> int:
@@ -234,10 +237,11 @@ class Embeddings(nn.Module):
 
 def _prompted(prompt, word, token_type_ids):
   """Puts a prompt, of segment 0, before the words of every row."""
-  shape = (word.shape[0], *prompt.shape)
-  before = jnp.broadcast_to(prompt[None].astype(word.dtype), shape)
+  before = prompt.astype(word.dtype)
+  if prompt.ndim == 2:
+    before = jnp.broadcast_to(before[None], (len(word), *prompt.shape))
   if token_type_ids is not None:
-    token_type_ids = jnp.pad(token_type_ids, ((0, 0), (len(prompt), 0)))
+    token_type_ids = jnp.pad(token_type_ids, ((0, 0), (before.shape[1], 0)))
   return jnp.concatenate([before, word], axis=1), token_type_ids
 
 
@@ -247,7 +251,10 @@ class Attention(nn.Module):
   config: BertConfig
 
   def past(self) -> tuple[Array, Array] | None:
-    """A hook: keys and values [P, H] that every row sees before its own."""
+    """A hook: keys and values that every row sees before its own.
+
+    [P, H] for all rows, or [B, P, H].
+    """
     return None
 
   @nn.compact
@@ -264,8 +271,9 @@ class Attention(nn.Module):
     mask, past = masks.attention, self.past()
     if past is not None:
       key, value = _before(past[0], key), _before(past[1], value)
-      bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (len(past[0]), 0)))
-      mask = self._with_past(mask, len(past[0]))
+      length = past[0].shape[-2]
+      bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (length, 0)))
+      mask = self._with_past(mask, length)
     weights = drop(attend(query, key, bias), mask, config.attention_dropout)
     mixed = jnp.einsum('bhlm,bmhd->blhd', weights, value)
     out = dense(config, config.hidden_size, 'output')(mixed.reshape(flat.shape))
@@ -282,9 +290,10 @@ class Attention(nn.Module):
 
 
 def _before(past, own):
-  """[P, H] and [B, L, heads, d] -> [B, P + L, heads, d]."""
+  """[P, H] or [B, P, H] and [B, L, heads, d] -> [B, P + L, heads, d]."""
   batch, _, heads, size = own.shape
-  past = past.astype(own.dtype).reshape(1, -1, heads, size)
+  rows = len(past) if past.ndim == 3 else 1
+  past = past.astype(own.dtype).reshape(rows, -1, heads, size)
   past = jnp.broadcast_to(past, (batch, *past.shape[1:]))
   return jnp.concatenate([past, own], axis=1)
 

@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
+from fmeta.errors import UsageError
 from fmeta.types import Array
 
-POOLINGS = ('mean', 'cls')
+POOLINGS = ('mean', 'cls', 'prompt')
 
 
 def pool(hidden: Array, attention_mask: Array, pooling: str) -> Array:
@@ -17,6 +18,20 @@ def pool(hidden: Array, attention_mask: Array, pooling: str) -> Array:
   return (hidden * weights).sum(1) / count
 
 
+def pool_prompt(hidden: Array) -> Array:
+  """[B, P, H], the states of a prompt -> [B, H], their mean.
+
+  Raises:
+    UsageError: if there is no prompt.
+  """
+  if not hidden.shape[1]:
+    raise UsageError(
+      "pooling='prompt' and no prompt; run the model with one, or pool by "
+      "'mean' or 'cls'"
+    )
+  return hidden.mean(1)
+
+
 def pool_packed(
   hidden: Array,
   text_ids: Array,
@@ -25,6 +40,8 @@ def pool_packed(
   pooling: str,
 ) -> Array:
   """[R, L, H] of packed texts -> [B, H], as `pool` gives them."""
+  if pooling == 'prompt':  # Packed rows have none; this says so.
+    pool_prompt(hidden[:, :0])
   own = text_ids.reshape(1, -1) == jnp.arange(len(length))[:, None]
   if pooling == 'cls':
     first = position_ids.reshape(1, -1) == 0
