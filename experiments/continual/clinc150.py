@@ -44,6 +44,7 @@ class Config(frozen.Config):
   methods: tuple[str, ...] = (
     'none',
     'none@lora',
+    'o_lora@lora',
     'joint',
     'sampled_ewc',
     'er',
@@ -60,7 +61,11 @@ class Config(frozen.Config):
   rate: float = 3e-4
   memory_size: int = 450  # three texts of each intent
   fisher_examples: int = 300
-  strengths: tuple[str, ...] = ('sampled_ewc:1e4', 'der_plus_plus:0.5')
+  strengths: tuple[str, ...] = (
+    'sampled_ewc:1e4',
+    'der_plus_plus:0.5',
+    'o_lora@lora:0.5',
+  )
   steps_per_dispatch: int = 47
   train_examples: int = 100  # of each intent
   test_examples: int = 30
@@ -68,7 +73,7 @@ class Config(frozen.Config):
 
 SMALL = {
   'seeds': 2,
-  'methods': ('none', 'none@lora', 'er'),
+  'methods': ('none', 'none@lora', 'o_lora@lora', 'er'),
   'model': '',
   'blocks': 1,
   'rank': 2,

@@ -67,6 +67,7 @@ class Row(NamedTuple):
     replayed: `recipe -> remembered rows a step`.
     at_once: trained on all tasks together.
     tuning: name of what moves, where it is not the stream's own.
+    folds: it needs a tuning with factors.
   """
 
   title: str
@@ -78,6 +79,7 @@ class Row(NamedTuple):
   replayed: Callable[[Recipe], int] = lambda recipe: 0
   at_once: bool = False
   tuning: str = ''
+  folds: bool = False
 
   def new(self, recipe: Recipe) -> int:
     """Rows of the stream a step."""
@@ -99,6 +101,19 @@ def _sampled_ewc(recipe: Recipe, strength: float) -> fmeta.Learner:
 
 def _online_ewc(recipe: Recipe, strength: float) -> fmeta.Learner:
   return recipe.finetune(penalty=penalty.online_ewc(strength))
+
+
+def _o_lora(recipe: Recipe, strength: float) -> fmeta.Learner:
+  # A count for each leaf: a task's new factors begin theirs, the head goes on.
+  optimizer = fmeta.adamw_per_leaf(
+    recipe.rate, weight_decay=0.0, clip_norm=None
+  )
+  held = continual.o_lora(strength, len(recipe.bench.tasks.train))
+  return continual.fold(
+    fmeta.finetune(
+      recipe.bench.loss, optimizer, tuning=recipe.tuning, penalty=held
+    )
+  )
 
 
 def _si(recipe: Recipe, strength: float) -> fmeta.Learner:
@@ -202,6 +217,7 @@ ROWS = {
   # A pass per batch and not one per class: for many classes.
   'sampled_ewc': Row('EWC, sampled Fisher', _sampled_ewc, DECADES, **LOOKS),
   'online_ewc': Row('online EWC', _online_ewc, DECADES, **LOOKS),
+  'o_lora': Row('O-LoRA', _o_lora, (0.1, 0.5, 1.0, 5.0), **TOLD, folds=True),
   'si': Row('SI', _si, (0.1, 1.0, 10.0, 100.0, 1e3), **TOLD),
   'mas': Row('MAS', _mas, (0.01, 0.1, 1.0, 10.0), **LOOKS),
   'rwalk': Row('RWalk', _rwalk, (0.01, 0.1, 1.0, 10.0, 100.0), **TOLD),
@@ -234,15 +250,20 @@ def find(name: str, tunings: Collection[str] = ()) -> Row:
   method, at, tuning = name.partition('@')
   if method not in ROWS:
     raise fmeta.UsageError(f'no method {method!r}; possible: {", ".join(ROWS)}')
-  if not at:
+  if not at and not ROWS[method].folds:
     return ROWS[method]
   if tuning not in tunings:
     raise fmeta.UsageError(
-      f'{name!r} names no tuning; possible: '
-      + (', '.join(f'{method}@{known}' for known in tunings) or method)
+      f'{name!r} names no tuning; possible: ' + _with_tunings(method, tunings)
     )
   row = ROWS[method]
   return row._replace(title=f'{row.title}, {tuning}', tuning=tuning)
+
+
+def _with_tunings(method: str, tunings: Collection[str]) -> str:
+  if ROWS[method].folds and not tunings:
+    return 'none here, the method is for low-rank factors'
+  return ', '.join(f'{method}@{known}' for known in tunings) or method
 
 
 def check_sizes(row: Row, recipe: Recipe) -> None:
