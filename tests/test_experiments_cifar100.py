@@ -92,7 +92,7 @@ def test_frozen_and_trained_rows_share_a_table(tmp_path, weights, capsys):
   assert 0 < low_rank['trainable'] < full['trainable']
   assert full['trainable'] < result['total_parameters']
   said = ' '.join(capsys.readouterr().out.split())
-  assert 'none, lora' in said and 'intervals over test rows' in said
+  assert 'none@lora' in said and 'intervals over test rows' in said
   assert (folder / 'cifar100.png').read_bytes()[1:4] == b'PNG'
 
 
@@ -184,7 +184,7 @@ def test_a_tuning_may_have_a_rate_of_its_own(held, tmp_path):
 
 def test_a_row_is_a_method_and_what_moves():
   row = rows.find('er@lora', ('lora',))
-  assert row == rows.ROWS['er']._replace(title='ER, lora', tuning='lora')
+  assert row == rows.ROWS['er']._replace(title='ER@lora', tuning='lora')
   assert rows.find('er') == rows.ROWS['er']
 
 

@@ -204,7 +204,7 @@ def test_intervals_are_of_t_over_seeds_and_none_for_one_seed():
     ('--config.test_examples=0', 'config.test_examples is 0'),
     ('--config.test_examples=1', 'no example has class'),
     ('--config.steps_per_dispatch=0', 'config.steps_per_dispatch is 0'),
-    ('--config.batch_size=1', 'ER, equal compute takes 0.5 of a batch of 1'),
+    ('--config.batch_size=1', 'ER matched takes 0.5 of a batch of 1'),
     ('--config.batch_size=100', 'batch_size 100 does not fit 80 examples'),
     ('--config.sizes=8,0', 'config.sizes is (8, 0)'),
     ('--config.methods=o_lora', 'is for low-rank factors'),

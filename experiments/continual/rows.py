@@ -223,9 +223,7 @@ ROWS = {
   'rwalk': Row('RWalk', _rwalk, (0.01, 0.1, 1.0, 10.0, 100.0), **TOLD),
   'lwf': Row('LwF', _lwf, (0.5, 1.0, 2.0, 4.0), **LOOKS),
   'er': Row('ER', _er, replayed=_as_many),
-  'er_matched': Row(
-    'ER, equal compute', _er_for_half, share=0.5, replayed=_half
-  ),
+  'er_matched': Row('ER matched', _er_for_half, share=0.5, replayed=_half),
   'er_ace': Row('ER-ACE', _er_ace, replayed=_as_many),
   'der_plus_plus': Row(
     'DER++', _der_plus_plus, (0.1, 0.2, 0.5, 1.0), replayed=_twice
@@ -257,7 +255,7 @@ def find(name: str, tunings: Collection[str] = ()) -> Row:
       f'{name!r} names no tuning; possible: ' + _with_tunings(method, tunings)
     )
   row = ROWS[method]
-  return row._replace(title=f'{row.title}, {tuning}', tuning=tuning)
+  return row._replace(title=f'{row.title}@{tuning}', tuning=tuning)
 
 
 def _with_tunings(method: str, tunings: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 """Shows measured rows: a table on the terminal, the matrices as a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,13 +42,17 @@ def shown(
     ends,
     setting=f'{measured.strength:g}' if row.grid else '',
     trainable=runs[0]['trainable'],
-    seconds=float(np.mean([run['seconds'] for run in runs])),
+    seconds=None if 'compute' in more else _seconds(runs),
     baseline=reference is None,
     ceiling=row.at_once,
     difference=difference,
     more={**more, 'forgetting': learned.get('forgetting (Chaudhry)')},
   )
   return made, numbers, ci95
+
+
+def _seconds(runs: Sequence[Mapping[str, Any]]) -> float:
+  return float(np.mean([run['seconds'] for run in runs]))
 
 
 def compute_of(measured: Mapping[str, Measured]) -> dict[str, float]:
@@ -87,7 +92,8 @@ def run(
   made, numbers, ci95, matrices = [], {}, {}, {}
   for name, found in measured.items():
     against = None if name == first else measured[first]
-    # A terminal has no room for both; the page and result.json have both.
+    # A terminal has room for one of what a row costs and what is published;
+    # the page has all costs, and result.json the compute.
     beside = {'compute': compute.get(name)}
     if published:
       beside = {'published': published.get(name)}
