@@ -37,7 +37,11 @@ TUNINGS = ('lora',)
 
 @dataclasses.dataclass
 class Config(frozen.Config):
-  """What one would sweep; rate and iterations are untuned."""
+  """What one would sweep; iterations and strengths are untuned.
+
+  Rates: the better of two for ER at equal compute, one order (see
+  experiments/README.md).
+  """
 
   scenario: str = 'class'
   groups: str = 'domains'  # or 'random'
@@ -59,6 +63,7 @@ class Config(frozen.Config):
   iterations: int = 94  # two epochs of a task
   batch_size: int = 32
   rate: float = 3e-4
+  rates: tuple[str, ...] = ('lora:3e-3',)
   memory_size: int = 450  # three texts of each intent
   fisher_examples: int = 300
   strengths: tuple[str, ...] = (
