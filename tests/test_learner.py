@@ -206,6 +206,30 @@ def test_replayed_rows_enter_the_loss_with_their_labels():
   assert aux.weight == 16
 
 
+@pytest.mark.parametrize('mix', [append, beside])
+def test_a_scan_of_rehearsed_steps_writes_the_memory_in_place(mix):
+  learner = _rehearsing(mix=mix, capacity=4096)
+  state = jax.eval_shape(learner.init, PARAMS, KEY)
+  run = jax.jit(
+    lambda state, stream: adapt(
+      learner, state, functools.partial(_at, stream), KEY, num_steps=20
+    ),
+    donate_argnums=0,
+  )
+  analysis = run.lower(state, STREAM).compile().memory_analysis()
+  rows = memory.bytes_of(state.memory['rows'])
+  assert analysis.temp_size_in_bytes < rows / 2
+
+
+def test_a_step_whose_loss_is_nan_leaves_no_rows_in_the_memory():
+  learner = _rehearsing()
+  state, _ = learner.step(learner.init(PARAMS, KEY), BATCH, KEY)
+  bad = {**BATCH, 'x': jnp.full_like(BATCH['x'], jnp.nan)}
+  after, _ = learner.step(state, bad, KEY)
+  assert_same(state.memory, after.memory, 'memory')
+  assert state.memory['seen'] == len(BATCH['label'])
+
+
 def test_a_row_s_fate_depends_on_no_other_key_of_the_run():
   # Step 3's key and the memory's must differ, or dropout and slots would be
   # drawn from one stream.
