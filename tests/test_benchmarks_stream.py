@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-import fmeta
 from experiments import run
 from experiments.benchmarks import stream_throughput as throughput
 from fmeta import train, tree
@@ -37,23 +36,6 @@ def test_the_last_task_s_state_is_one_that_remembers():
   assert all(map(np.any, jax.tree.leaves(importance['importance'])))
   held = throughput.Stream('er', CONFIG).states[1].memory
   assert held['seen'] == (CONFIG.tasks - 1) * CONFIG.task_steps * 4
-
-
-def test_a_penalty_that_grows_with_the_tasks_would_be_seen(monkeypatch):
-  def growing(strength):
-    one = fmeta.ewc(strength)
-
-    def consolidate(state, *args):
-      told = one.consolidate(state, *args)
-      return {**told, f'task_{len(state)}': told['anchor']}
-
-    return one._replace(consolidate=consolidate)
-
-  monkeypatch.setitem(throughput.ROWS, 'ewc', throughput.penalised(growing))
-  stream = throughput.Stream('ewc', CONFIG)
-  stream.seconds(1)
-  assert stream.program.traces == CONFIG.tasks
-  assert tree.num_bytes(stream.states[0]) < tree.num_bytes(stream.states[1])
 
 
 def test_half_the_speed_at_the_end_is_a_ratio_of_one_half(monkeypatch):

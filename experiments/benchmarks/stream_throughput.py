@@ -94,9 +94,7 @@ def _replayed(config, made, spec, how, size) -> fmeta.Learner:
   return fmeta.rehearse(made, held, size, mix=how)
 
 
-def penalised(penalty: Callable) -> Callable:
-  """A row of a penalty that a strength makes."""
-
+def _penalised(penalty: Callable) -> Callable:
   def make(config, loss, forward, spec):
     optimizer = optim.adam(config.rate)
     return fmeta.finetune(loss, optimizer, penalty=penalty(config.strength))
@@ -127,8 +125,8 @@ def _der_plus_plus(config, loss, forward, spec) -> fmeta.Learner:
 # (config, loss, forward, spec of a row) -> learner
 ROWS = {
   'naive': _naive,
-  'ewc': penalised(fmeta.ewc),
-  'online_ewc': penalised(fmeta.penalty.online_ewc),
+  'ewc': _penalised(fmeta.ewc),
+  'online_ewc': _penalised(fmeta.penalty.online_ewc),
   'er': _er,
   'der_plus_plus': _der_plus_plus,
 }
