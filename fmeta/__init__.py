@@ -31,6 +31,7 @@ from fmeta.penalty import ewc, l2_sp, no_penalty
 from fmeta.per_leaf import adamw_per_leaf, per_leaf
 from fmeta.phases import Phase, chain_thaw, gradual_unfreezing, lp_ft, phases
 from fmeta.regularise import r_drop
+from fmeta.reporting import reporting
 from fmeta.retune import retune
 from fmeta.seeds import over_seeds
 from fmeta.sharpness import sharpness_aware
@@ -103,6 +104,7 @@ __all__ = (
   'reinitialise',
   'reptile_loss',
   'reservoir',
+  'reporting',
   'retune',
   'rslora',
   'select',

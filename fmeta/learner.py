@@ -180,7 +180,8 @@ def rehearse(
 
   Each step samples `size` rows, mixes them into the batch, takes the
   learner's step and then inserts the batch's own rows with their outputs
-  (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486, algorithm 1).
+  (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486, algorithm 1), none
+  of them if the loss is NaN.
 
   Args:
     learner: any learner.
@@ -211,6 +212,9 @@ def rehearse(
     state, aux = learner.step(state, mixed(state, batch, rng), rng)
     own = jax.tree.map(lambda x: x[:count], aux.outputs)
     weight = batch.get('weight', jnp.ones(count, jnp.float32))
+    # A NaN's rows are not kept. Asking the loss also puts the insertion after
+    # the reading, or XLA copies the whole memory at every step (2026-11-26).
+    weight = jnp.where(jnp.isnan(aux.metrics['loss']), 0, weight)
     # The root key: a row's fate depends on how many came before, not on how
     # they were cut into batches.
     held = memory.insert(

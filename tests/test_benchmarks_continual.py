@@ -10,7 +10,8 @@ import pytest
 from experiments import run
 from experiments.benchmarks import continual
 from experiments.benchmarks.continual import ROWS
-from fmeta import tree
+from fmeta import data, tree
+from fmeta.train.flops import product_flops
 
 CONFIG = continual.Config(**continual.SMALL)
 HAVE = [p for p in continual.PEERS if importlib.util.find_spec(p)]
@@ -33,6 +34,28 @@ def test_steps_compile_once_and_move_every_leaf(row):
     assert (
       float(max(map(np.max, jax.tree.leaves(side.moving.penalty_state)))) > 0
     )
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_the_ceiling_has_the_products_of_a_step_and_no_others(row):
+  side, bare = continual.Side(row, CONFIG), continual.Products(row, CONFIG)
+  batch = data.take(continual.examples(CONFIG, 0), slice(CONFIG.batch_size))
+  step = jax.make_jaxpr(side.program.learner.step)(
+    side.moving, batch, jax.random.key(0)
+  )
+  alone = jax.make_jaxpr(bare.step)(bare.kernels, bare.x[0])
+  flops = [product_flops(x, repeat=True) for x in (step, alone)]
+  assert flops[0] == flops[1] > 0
+
+
+def test_every_dispatch_multiplies_a_batch_per_step():
+  bare = continual.Products('naive', CONFIG)
+  bare(CONFIG.steps)
+  # The last step's gradients, by hand: of kernels A, B and outputs x A B.
+  x, (a, b) = np.asarray(bare.x[1], np.float64), map(np.float64, bare.kernels)
+  wanted = x.T @ (x @ a @ b) @ b.T, (x @ a).T @ (x @ a @ b)
+  for found, exact in zip(bare.grads, wanted, strict=True):
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
 def torch_leaves(model):
@@ -84,7 +107,20 @@ def test_a_line_per_row_and_peer(row, tmp_path, capsys):
   assert run.main(argv) == 0
   lines = [x for x in capsys.readouterr().out.splitlines() if x[:1] == '{']
   assert [json.loads(x)['peer'] for x in lines] == ['torch']
-  assert json.loads(lines[0])['ratio'] > 0
+  line = json.loads(lines[0])
+  assert line['ratio'] > 0
+  # Of one run of three: what is said of two sides follows from the third.
+  ours, products, peer = line['steps_per_second']
+  assert ours > 0 and products > 0 and peer > 0
+  assert line['products_ratio'] > 0 and line['products_share'] > 0
+
+
+def test_a_line_says_how_far_products_alone_are_from_the_peer():
+  times = np.array([[2.0, 1.0, 6.0], [4.0, 2.0, 12.0]])
+  found = continual.summary(times)
+  assert found['ratio'] == 3 and found['products_ratio'] == 6
+  assert found['products_share'] == 0.5
+  assert found['steps_per_second'] == [0.3, 0.7, 0.1]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ ROWS = [
   | {'averaging', 'mixout', 'sharpness', 'through'},
   {'per_leaf', 'phases', 'retune', 'surgical'},
   {'learner'},
-  {'losses', 'meta', 'meta_safe', 'mixing', 'regularise'},
+  {'losses', 'meta', 'meta_safe', 'mixing', 'regularise', 'reporting'},
 ]
 CORE = set().union(*ROWS)
 

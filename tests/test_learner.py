@@ -9,6 +9,7 @@ import toys
 from fmeta import adapters, memory, optim, tuning
 from fmeta.errors import UsageError
 from fmeta.learner import adapt, finetune, rehearse
+from fmeta.losses import squared_error, supervised
 from fmeta.memory import append, beside
 from fmeta.testing import assert_close, assert_same
 
@@ -204,6 +205,38 @@ def test_replayed_rows_enter_the_loss_with_their_labels():
   expected, _ = jax.jit(plain.step)(plain.init(params, KEY), joint, KEY)
   assert_close(expected.trainable, found.trainable, 'replay', 1e-5)
   assert aux.weight == 16
+
+
+def test_a_scan_of_rehearsed_steps_writes_the_memory_in_place():
+  # Rows so wide that what draws among 1,024 of them takes little beside.
+  row = {
+    'x': jax.ShapeDtypeStruct((500,), jnp.float32),
+    'target': jax.ShapeDtypeStruct((1,), jnp.float32),
+  }
+  loss = supervised(lambda p, s, b, rng: (b['x'] @ p['w'], s), squared_error)
+  plain = finetune(loss, OPTIMIZERS['sgd'])
+  learner = rehearse(plain, memory.reservoir(1024, row), 4)
+  run = jax.jit(
+    lambda state, stream: adapt(
+      learner, state, functools.partial(_at, stream), KEY, num_steps=5
+    ),
+    donate_argnums=0,
+  )
+  state = jax.eval_shape(learner.init, {'w': jnp.zeros((500, 1))}, KEY)
+  stream = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((5, 4, *x.shape), x.dtype), row
+  )
+  used = run.lower(state, stream).compile().memory_analysis()
+  assert used.temp_size_in_bytes < memory.bytes_of(state.memory) / 4
+
+
+def test_a_step_whose_loss_is_nan_leaves_no_rows_in_the_memory():
+  learner = _rehearsing()
+  state, _ = learner.step(learner.init(PARAMS, KEY), BATCH, KEY)
+  bad = {**BATCH, 'x': jnp.full_like(BATCH['x'], jnp.nan)}
+  after, _ = learner.step(state, bad, KEY)
+  assert_same(state.memory, after.memory, 'memory')
+  assert state.memory['seen'] == len(BATCH['label'])
 
 
 def test_a_row_s_fate_depends_on_no_other_key_of_the_run():

@@ -10,24 +10,32 @@ each side over the same number of steps: fmeta dispatches
 `steps_per_dispatch` at a time over data on the device, the plain loop slices
 tensors that lie in memory, Avalanche runs `strategy.train` for one epoch
 without an evaluator and without the work at a task's end. All sides have all
-cores and the allocator of `launch/local.sh`.
+cores and the allocator of `launch/local.sh`, and all report the loss alone.
 
-One JSON line per row and peer: ratio > 1 means that fmeta is faster. What
-the sides compute is compared in tests/test_benchmarks_continual.py. Expected
-and measured: experiments/README.md.
+Each round also times the matrix products of the step and nothing else, in a
+scan like ours: how many times faster than the peer a step could be that did
+no other work.
+
+One JSON line per row and peer: `ratio` > 1 means that fmeta is faster,
+`products_ratio` is that of the products, `products_share` the part of our
+step that they take. What the sides compute is compared in
+tests/test_benchmarks_continual.py. Expected and measured:
+experiments/README.md.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fmeta
 from experiments.benchmarks.fewshot import cores
-from experiments.benchmarks.paired import Contender, compare
+from experiments.benchmarks.paired import Contender, interleaved, ratio_of
 from experiments.common import require
 from fmeta import data, models, optim, train
 from fmeta.models import Mlp
@@ -138,16 +146,68 @@ def _learner(
   loss = fmeta.supervised(forward, fmeta.softmax_cross_entropy)
   remembers = fmeta.ewc(config.strength) if row == 'ewc' else None
   made = fmeta.finetune(loss, optim.adam(config.rate), penalty=remembers)
-  if row != 'er':
-    return made
-  spec = {key: value[0] for key, value in columns.items()}
-  memory = fmeta.reservoir(config.memory_size, spec)
-  return fmeta.rehearse(made, memory, config.batch_size)
+  if row == 'er':
+    spec = {key: value[0] for key, value in columns.items()}
+    memory = fmeta.reservoir(config.memory_size, spec)
+    made = fmeta.rehearse(made, memory, config.batch_size)
+  return fmeta.reporting(made)  # The peers compute no norms either.
+
+
+class Products:
+  """The matrix products of a row's steps and nothing else.
+
+  Those of the network without biases, activations and loss, forward and
+  backward: no step that multiplies with the same routine can be faster.
+
+  Attributes:
+    step: `(kernels, x) -> gradients of the kernels`.
+    kernels: from the input to the head.
+    x: [batches, rows, features]; ER's rows are new and remembered ones.
+    grads: of the latest step.
+  """
+
+  def __init__(self, row: str, config: Config):
+    params = network(config)[1]
+    layers = *params['body'].values(), params['head']
+    self.kernels = tuple(layer['kernel'] for layer in layers)
+    rows = config.batch_size * (2 if row == 'er' else 1)
+    x = examples(config, 0)['x']
+    batches = -(-len(x) // rows)
+    self.x = jnp.asarray(np.resize(x, (batches, rows, config.features)))
+    self.config = config
+    self.grads = jax.tree.map(jnp.zeros_like, self.kernels)
+    self._run = jax.jit(self._scanned, static_argnums=3, donate_argnums=0)
+
+  @staticmethod
+  def step(kernels: tuple, x: jax.Array) -> tuple:
+    """Forward, and backward from the outputs themselves."""
+    product = lambda *kernels: functools.reduce(jnp.matmul, kernels, x)
+    outputs, pull = jax.vjp(product, *kernels)
+    return pull(outputs)
+
+  def _scanned(self, grads, kernels, x, num_steps):
+    # Another batch each time, or products would leave the loop.
+    def body(grads, i):
+      return self.step(kernels, x[i % len(x)]), None
+
+    return jax.lax.scan(body, grads, jnp.arange(num_steps))[0]
+
+  def __call__(self, steps: int) -> None:
+    """As `Side`'s."""
+    length = min(steps, self.config.steps_per_dispatch)
+    for _ in range(0, steps, length):
+      self.grads = self._run(self.grads, self.kernels, self.x, length)
+    jax.block_until_ready(self.grads)
 
 
 def make_fmeta(row: str, config: Config) -> Side:
   """Ours, in a process of its own."""
   return Side(row, config)
+
+
+def make_products(row: str, config: Config) -> Products:
+  """Its products, likewise."""
+  return Products(row, config)
 
 
 def make_torch(row: str, config: Config, peer: str, params: Any) -> Any:
@@ -190,35 +250,47 @@ def check(config: Config) -> None:
 
 
 def measure(row: str, config: Config) -> list[dict]:
-  """The lines of a row: ours and each peer in turn."""
+  """The lines of a row: ours, its products and each peer in turn."""
   params = jax.tree.map(np.asarray, network(config)[1])
-  ours, lines = Contender('fmeta', make_fmeta, row=row, config=config), []
+  ours = Contender('fmeta', make_fmeta, row=row, config=config)
+  bare = Contender('products', make_products, row=row, config=config)
+  lines = []
   for peer in config.peers:
     other = Contender(
       peer, make_torch, row=row, config=config, peer=peer, params=params
     )
-    ratio = compare(ours, other, config.pairs, config.steps)
+    times = interleaved((ours, bare, other), config.pairs, config.steps)
     other.close()
-    lines.append(
-      {
-        'row': row,
-        'peer': peer,
-        'ratio': round(ratio.median, 3),
-        'ci95': [round(ratio.low, 3), round(ratio.high, 3)],
-        'pairs': ratio.pairs,
-        'steps_per_second': [round(1 / s, 1) for s in ratio.seconds],
-      }
-    )
+    lines.append({'row': row, 'peer': peer, **summary(times)})
     print(json.dumps(lines[-1]), flush=True)
   ours.close()
+  bare.close()
   return lines
+
+
+def summary(times: np.ndarray) -> dict[str, Any]:
+  """What a line says of seconds per step [pairs, (ours, products, peer)]."""
+  ratio, most = ratio_of(times[:, [0, 2]]), ratio_of(times[:, [1, 2]])
+  return {
+    'ratio': round(ratio.median, 3),
+    'ci95': [round(ratio.low, 3), round(ratio.high, 3)],
+    'products_ratio': round(most.median, 3),
+    'products_ci95': [round(most.low, 3), round(most.high, 3)],
+    'products_share': round(ratio_of(times[:, [0, 1]]).median, 3),
+    'pairs': ratio.pairs,
+    'steps_per_second': [round(1 / x, 1) for x in np.median(times, axis=0)],
+  }
 
 
 def run(config: Config, context: Context) -> dict:
   """Prints a JSON line per row and peer."""
   check(config)
   lines = [line for row in config.rows for line in measure(row, config)]
-  return {
-    'metrics': {f'{x["row"]} / {x["peer"]}': x['ratio'] for x in lines},
-    'ci95': {f'{x["row"]} / {x["peer"]}': x['ci95'] for x in lines},
-  }
+  metrics, ci95 = {}, {}
+  for line in lines:
+    name = f'{line["row"]} / {line["peer"]}'
+    metrics[name], ci95[name] = line['ratio'], line['ci95']
+    name = f'{name} / products'
+    metrics[name] = line['products_ratio']
+    ci95[name] = line['products_ci95']
+  return {'metrics': metrics, 'ci95': ci95}

@@ -12,7 +12,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -124,28 +124,34 @@ class Contender:
     self._process.join()
 
 
-def compare(
-  first: Contender, second: Contender, pairs: int, steps: int
-) -> Ratio:
-  """Runs both in turn, the order reversed from pair to pair.
+def interleaved(
+  contenders: Sequence[Contender], pairs: int, steps: int
+) -> np.ndarray:
+  """Seconds per step [pairs, contenders], the order reversed in between.
 
   Args:
-    first: the one that is hoped to be faster.
-    second: the other.
+    contenders: any number; each waits while the others run.
     pairs: at least 2; ten or more give an interval worth reading.
     steps: of each timing.
   """
   if pairs < 2:
     raise UsageError(f'pairs={pairs}; an interval needs at least 2')
-  for contender in (first, second):  # Compiles; warms caches.
+  for contender in contenders:  # Compiles; warms caches.
     contender.seconds(1)
     contender.seconds(steps)
-  times = np.zeros((pairs, 2))
+  times = np.zeros((pairs, len(contenders)))
   for pair in range(pairs):
-    order = (0, 1) if pair % 2 == 0 else (1, 0)
-    for which in order:
-      times[pair, which] = (first, second)[which].seconds(steps)
-  return ratio_of(times)
+    order = range(len(contenders))
+    for which in order if pair % 2 == 0 else reversed(order):
+      times[pair, which] = contenders[which].seconds(steps)
+  return times
+
+
+def compare(
+  first: Contender, second: Contender, pairs: int, steps: int
+) -> Ratio:
+  """Runs both in turn: `first` is the one that is hoped to be faster."""
+  return ratio_of(interleaved((first, second), pairs, steps))
 
 
 def ratio_of(times: np.ndarray, resamples: int = 10_000) -> Ratio:
