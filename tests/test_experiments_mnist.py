@@ -84,6 +84,22 @@ def test_every_row_runs_in_every_scenario(tmp_path, scenario):
     assert cost['examples'] > seen if more else cost['examples'] == seen
 
 
+def test_a_domain_is_odd_or_even_whatever_the_digits():
+  made = protocol.split_tasks(BYTES, 'domain')
+  assert [task.name for task in made.train] == [
+    '0/1',
+    '2/3',
+    '4/5',
+    '6/7',
+    '8/9',
+  ]
+  for task in made.train:
+    assert set(task.columns['label'].tolist()) == {0, 1}
+  classes = protocol.split_tasks(BYTES, 'class').train[1].columns['label']
+  assert set(classes.tolist()) == {2, 3}
+  assert made.allowed.all()
+
+
 def test_published_numbers_stand_beside_their_own_settings_only():
   asked = dataclasses.replace(permuted.Config(), seeds=2, memory_size=20)
   assert settings.as_published(asked)

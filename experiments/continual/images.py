@@ -8,7 +8,7 @@ from fmeta import data
 
 
 def as_bytes(columns: data.Columns) -> data.Columns:
-  """Images in [0, 1] as bytes; exact where they had 256 levels."""
+  """Images in [0, 1] as bytes: exact for 256 levels, else rounded."""
   image = np.round(columns['image'] * 255).astype(np.uint8)
   return {'image': image, 'label': columns['label'].astype(np.int32)}
 

@@ -71,7 +71,8 @@ def bench_of(
     del order
     tasks = tasks_of(splits)
     module = Mlp(tuple(sizes), tasks.allowed.shape[1])
-    one = {'image': np.zeros((1, 28, 28, 1), np.float32)}
+    shape = tasks.train[0].columns['image'].shape[1:]
+    one = {'image': np.zeros((1, *shape), np.float32)}
     return Bench(
       tasks,
       scenario,
