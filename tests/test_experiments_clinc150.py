@@ -73,6 +73,16 @@ def test_frozen_and_trained_rows_share_a_table(
   assert 'intervals over test rows' in ' '.join(capsys.readouterr().out.split())
 
 
+def test_rows_without_a_gradient_may_stand_alone(tmp_path, tiny_bert, capsys):
+  result = execute(
+    tmp_path / 'run', model=tiny_bert, methods=(), frozen=('slda', 'ranpac')
+  )
+  assert {'slda', 'ranpac'} <= set(result['metrics'])
+  assert result['steps'] is None
+  assert 'iterations' not in capsys.readouterr().out
+  assert (tmp_path / 'run/clinc150.png').exists()
+
+
 def test_rows_without_a_gradient_know_the_task_where_the_others_do(
   tmp_path, tiny_bert
 ):

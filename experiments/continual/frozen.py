@@ -42,7 +42,7 @@ class Config(settings.Config):
 
 def check(config: Config, tunings: Collection[str] = ()) -> None:
   """Raises `UsageError` for what does not exist, before data are read."""
-  settings.check(config, tunings)
+  settings.check(config, tunings, config.frozen)
   for name in config.frozen:
     if name not in TITLES:
       raise fmeta.UsageError(

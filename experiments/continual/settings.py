@@ -83,18 +83,21 @@ SMALL = {
 }
 
 
-def check(config: Config, tunings: Collection[str] = ()) -> None:
+def check(
+  config: Config, tunings: Collection[str] = (), others: Collection[str] = ()
+) -> None:
   """Raises `UsageError` for what does not exist, before data are read.
 
   Args:
     config: of the experiment.
     tunings: names after the `@` of a method.
+    others: rows that are not among the methods.
   """
   require(config, LEAST, ('rate',))
   for name in config.methods:
     rows.find(name, tunings)
   _once('methods', config.methods)
-  if not config.methods:
+  if not config.methods and not others:
     raise fmeta.UsageError(
       f'config.methods is empty; give some of {", ".join(rows.ROWS)}'
     )

@@ -105,7 +105,7 @@ def run(
     if not found.row.at_once:
       every = [metrics.accuracy_matrix(r['matrix']) for r in found.runs]
       matrices[row.name] = np.mean(every, axis=0)
-  last = measured[config.methods[-1]].runs[0]
+  last = [*measured.values()][-1].runs[0]
   names = tuple(last['tasks'])
   if table.reorders:
     names = tuple(f'task {k + 1}' for k in range(len(names)))
@@ -113,22 +113,7 @@ def run(
     title,
     f'How much is forgotten in the {config.scenario} scenario?',
     made,
-    f'mean over {config.seeds} seed{"s" * (config.seeds > 1)}; '
-    + (
-      'each with its order of tasks; intervals over test rows; '
-      if table.reorders
-      else 't-intervals over seeds, of differences pair by pair; '
-    )
-    + f'{config.iterations} iterations a task, batches of '
-    f'{config.batch_size}, Adam {config.rate:g}; memory of '
-    f'{config.memory_size} rows; importance over at most '
-    f'{config.fisher_examples} rows of a task'
-    + (
-      ''
-      if published
-      else '; compute: FLOPs of the steps over those of the cheapest row that '
-      'trains'
-    ),
+    _note(table, bool(published)),
     report.stream(made, matrices, names) if matrices else None,
     metric='average accuracy',
     reference=measured[first].row.title if measured else None,
@@ -141,8 +126,32 @@ def run(
   return {
     'metrics': numbers,
     'ci95': ci95,
-    **{key: last[key] for key in costs},
+    **{key: last.get(key) for key in costs},
     'trainable_parameters': last['trainable'],
     'total_parameters': table.parameters,
     'data_sha256': data.fingerprint(table.splits['train']),
   }
+
+
+def _note(table: Table, with_published: bool) -> str:
+  """How it was measured, below the table."""
+  config = table.config
+  seeds = f'mean over {config.seeds} seed{"s" * (config.seeds > 1)}; '
+  if table.reorders:
+    seeds += 'each with its order of tasks; intervals over test rows'
+  else:
+    seeds += 't-intervals over seeds, of differences pair by pair'
+  if not config.methods:
+    return seeds
+  note = (
+    f'{seeds}; {config.iterations} iterations a task, batches of '
+    f'{config.batch_size}, Adam {config.rate:g}; memory of '
+    f'{config.memory_size} rows; importance over at most '
+    f'{config.fisher_examples} rows of a task'
+  )
+  if with_published:
+    return note
+  return (
+    f'{note}; compute: FLOPs of the steps over those of the cheapest row that '
+    'trains'
+  )
