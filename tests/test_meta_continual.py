@@ -373,6 +373,7 @@ def test_rates_that_belong_to_no_weights_are_refused():
       optimizer.init(params)
 
 
+@pytest.mark.usefixtures('optimised')
 @pytest.mark.parametrize('way', ['la_maml', 'mer'])
 def test_online_meta_learners_are_learners(way):
   spec = {'x': jnp.zeros(6), 'label': jnp.zeros((), jnp.int32)}
