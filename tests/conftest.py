@@ -49,6 +49,18 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(skip)
 
 
+_BEFORE = {'optimised': False}
+
+
+def pytest_runtest_setup(item):
+  # A function that a test before compiled without the passes differs in the
+  # last bit, and a cache that is full drops it in the middle of the next test.
+  now = 'optimised' in item.fixturenames
+  if now and not _BEFORE['optimised']:
+    jax.clear_caches()
+  _BEFORE['optimised'] = now
+
+
 @pytest.fixture
 def optimised():
   """Compiles as users do."""
